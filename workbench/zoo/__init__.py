@@ -1,1 +1,36 @@
+"""The zoo: a small visual world whose truth is known, and models trained on it that come with the package.
 
+``shapes`` draws scenes of one or two coloured shapes, says them in words and reads images back;
+``models()`` and ``path(name)`` give the trained pipelines; ``train`` makes them again and ``evaluate`` says
+how well they follow the words. Importing the zoo or ``shapes`` loads no torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from workbench.errors import UnknownNameError, nearest
+
+_WEIGHTS = Path(__file__).parent / "weights"
+
+
+def models() -> tuple[str, ...]:
+    """The names of the models that come with the package."""
+    return tuple(sorted(config.parent.name for config in _WEIGHTS.glob("*/model_index.json")))
+
+
+def path(name: str) -> Path:
+    """Where a model of the zoo lies.
+
+    Args:
+        name: one of ``models()``.
+
+    Returns:
+        A folder that ``DiffusionPipeline.from_pretrained`` opens.
+
+    Raises:
+        UnknownNameError: if there is no such model; it lists the nearest that there are.
+    """
+    if name not in models():
+        raise UnknownNameError(f"The zoo has no model {name!r}.{nearest(name, models())}")
+    return _WEIGHTS / name

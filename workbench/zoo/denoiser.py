@@ -1,0 +1,176 @@
+"""The recipe of the denoiser and its text encoder, trained together on the autoencoder's latents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from workbench.zoo.autoencoder import to_tensor
+from workbench.zoo.drawing import render_many
+from workbench.zoo.tokens import LENGTH
+from workbench.zoo.world import Scene, sample, sample_wording
+
+WIDTH = 96
+"""Width of the text encoder, and of what cross-attention attends to."""
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Make the text encoder, untrained: three layers, (batch, 24, 96)."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=4 * WIDTH,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=LENGTH,
+            projection_dim=WIDTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def build_unet() -> UNet2DConditionModel:
+    """Make the denoiser, untrained: cross-attention at 16 x 16, 8 x 8 and 4 x 4."""
+    channels = (48, 96, 128)
+    return UNet2DConditionModel(
+        sample_size=16,
+        down_block_types=("CrossAttnDownBlock2D",) * len(channels),
+        up_block_types=("CrossAttnUpBlock2D",) * len(channels),
+        block_out_channels=channels,
+        layers_per_block=1,
+        norm_num_groups=16,
+        cross_attention_dim=WIDTH,
+        attention_head_dim=(2, 4, 4),
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    """Make the noise schedule: a thousand scaled-linear steps, of which sampling takes the last first."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        timestep_spacing="trailing",
+    )
+
+
+def assemble(
+    vae: AutoencoderKL, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, tokenizer: CLIPTokenizer
+) -> StableDiffusionPipeline:
+    """Put the parts into a pipeline without safety checker."""
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Scenes and their scaled latents, (scenes, 4, 16, 16)."""
+
+    scenes: Sequence[Scene]
+    latents: Tensor
+
+
+@torch.no_grad()
+def encode_pool(vae: AutoencoderKL, count: int, seed: int, *, chunk: int = 250) -> Pool:
+    """Draw scenes and encode them once, so that training the denoiser needs no autoencoder."""
+    rng = np.random.default_rng(seed)
+    scenes = [sample(rng) for _ in range(count)]
+    parts = []
+    for start in range(0, count, chunk):
+        images = to_tensor(render_many(scenes[start : start + chunk]))
+        with torch.autocast("cpu", torch.bfloat16):
+            mean = vae.encode(images).latent_dist.mean
+        parts.append(mean.float() * vae.config.scaling_factor)
+    return Pool(scenes, torch.cat(parts))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step trains on: token ids (batch, 24), latents and noise (batch, 4, 16, 16), timesteps."""
+
+    ids: Tensor
+    latents: Tensor
+    noise: Tensor
+    timesteps: Tensor
+
+
+def draw_batch(
+    pool: Pool, tokenizer: CLIPTokenizer, size: int, seed: int, step: int, *, empty: float = 0.1
+) -> Batch:
+    """Draw the batch of a step; the same step of the same seed is the same batch, also after a restart.
+
+    Args:
+        pool: where the scenes come from.
+        tokenizer: of the prompts.
+        size: scenes in the batch.
+        seed: of the training.
+        step: of the training.
+        empty: share of prompts left empty, for classifier-free guidance.
+    """
+    rng = np.random.default_rng([seed, step])
+    chosen = rng.integers(len(pool.scenes), size=size)
+    prompts = [
+        "" if rng.random() < empty else pool.scenes[index].prompt(sample_wording(rng)) for index in chosen
+    ]
+    ids = tokenizer(
+        prompts, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt"
+    ).input_ids
+    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    latents = pool.latents[torch.from_numpy(chosen)]
+    noise = torch.randn(latents.shape, generator=generator)
+    return Batch(ids, latents, noise, torch.randint(1000, (size,), generator=generator))
+
+
+def denoising_loss(
+    text_encoder: CLIPTextModel, unet: UNet2DConditionModel, scheduler: DDIMScheduler, batch: Batch
+) -> Tensor:
+    """Mean squared error of the predicted velocity (Salimans & Ho, 2022)."""
+    noisy = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
+    velocity = scheduler.get_velocity(batch.latents, batch.noise, batch.timesteps)
+    with torch.autocast("cpu", torch.bfloat16):
+        text = text_encoder(batch.ids).last_hidden_state
+        predicted = unet(noisy, batch.timesteps, text).sample
+    return functional.mse_loss(predicted.float(), velocity)
+
+
+class Average:
+    """The running average of a model's weights, which is what is shipped."""
+
+    def __init__(self, model: nn.Module, decay: float = 0.999) -> None:
+        self.decay = decay
+        self.weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Move towards the model's weights, faster in the first steps."""
+        pull = 1 - min(self.decay, (1 + step) / (10 + step))
+        for name, value in model.state_dict().items():
+            kept = self.weights[name]
+            if kept.is_floating_point():
+                kept.lerp_(value, pull)
+            else:
+                kept.copy_(value)
