@@ -1,1 +1,40 @@
-"""Workbench."""
+"""Diffusion Workbench: see inside diffusion models, and change what happens there.
+
+The public names are loaded when they are first used, so that ``import workbench`` is quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from workbench.interventions.patch import Patch as Patch
+    from workbench.models.model import DiffusionModel as DiffusionModel
+    from workbench.tracing.record import Record as Record
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "DiffusionModel": "workbench.models.model",
+    "Patch": "workbench.interventions.patch",
+    "Record": "workbench.tracing.record",
+    "errors": "workbench.errors",
+    "zoo": "workbench.zoo",
+}
+
+__all__ = ["DiffusionModel", "Patch", "Record", "__version__", "errors", "zoo"]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        from workbench.errors import UnknownNameError, nearest
+
+        raise UnknownNameError(f"workbench has no {name!r}.{nearest(name, _HOMES)}")
+    module = import_module(home)
+    return module if home.rpartition(".")[2] == name else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,1 +1,1 @@
-
+"""Changes to make to a run, as plain data."""

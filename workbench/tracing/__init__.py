@@ -1,1 +1,1 @@
-
+"""Watching and changing a denoising run: sites, hooks, the step ledger, records and replay."""

@@ -1,0 +1,79 @@
+"""From a reference to a pipeline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from workbench import zoo
+from workbench.errors import InputError, LoadError, UnknownNameError, nearest
+
+
+def load(reference: Any, **options: Any) -> tuple[Any, str]:
+    """Open a diffusion pipeline.
+
+    Args:
+        reference: a zoo name (``shapes-unet``), a folder, a Hub id (``owner/name``), or a live
+            ``DiffusionPipeline``, which is used as it is.
+        **options: passed to ``DiffusionPipeline.from_pretrained`` by name.
+
+    Returns:
+        The pipeline, and the reference as text (empty for a live pipeline).
+
+    Raises:
+        LoadError: a folder that holds no pipeline, or one that diffusers cannot open.
+        UnknownNameError: neither a zoo name, a folder nor a Hub id.
+        InputError: something else altogether.
+    """
+    if isinstance(reference, (str, Path)):
+        folder = locate(str(reference))
+        return _from_pretrained(folder, options), str(reference)
+    if callable(reference) and hasattr(reference, "components"):
+        if options:
+            raise InputError(f"A live pipeline is used as it is; {', '.join(options)} cannot change it.")
+        return reference, ""
+    raise InputError(
+        f"{type(reference).__name__} is not a model. Give a zoo name ({', '.join(zoo.models())}), a folder, "
+        "a Hub id such as 'owner/name', or a DiffusionPipeline."
+    )
+
+
+def locate(reference: str) -> str:
+    """Return what ``from_pretrained`` should open: a folder or a Hub id."""
+    if reference in zoo.models():
+        return str(zoo.path(reference))
+    path = Path(reference).expanduser()
+    if path.is_dir():
+        _check_folder(path)
+        return str(path)
+    if path.exists():
+        raise LoadError(f"{path} is a file; give the folder of a pipeline, the one with model_index.json.")
+    if reference.count("/") == 1 and not reference.startswith((".", "/", "~")):
+        return reference
+    raise UnknownNameError(
+        f"No model {reference!r}: no zoo model, no folder, no Hub id (owner/name) is called that."
+        f"{nearest(reference, zoo.models())}"
+    )
+
+
+def _check_folder(path: Path) -> None:
+    index = path / "model_index.json"
+    if not index.is_file():
+        inside = ", ".join(sorted(item.name for item in path.iterdir())[:6]) or "nothing"
+        raise LoadError(f"{path} is no pipeline: it has no model_index.json, only {inside}.")
+    try:
+        named = json.loads(index.read_text())
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{index} cannot be read: {error}") from error
+    if not isinstance(named, dict) or "_class_name" not in named:
+        raise LoadError(f"{index} names no pipeline class (_class_name).")
+
+
+def _from_pretrained(folder: str, options: dict[str, Any]) -> Any:
+    from diffusers import DiffusionPipeline
+
+    try:
+        return DiffusionPipeline.from_pretrained(folder, **options)
+    except (OSError, ValueError, AttributeError, TypeError, ImportError, RuntimeError, KeyError) as error:
+        raise LoadError(f"{folder} could not be opened as a pipeline: {error}") from error

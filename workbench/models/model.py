@@ -1,0 +1,257 @@
+"""`DiffusionModel`: a pipeline, opened and ready to be looked into."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from workbench.errors import BusyError, InputError, UnknownNameError, nearest
+from workbench.interventions.intervention import Intervention
+from workbench.models import arguments as checks
+from workbench.models.loading import load
+from workbench.models.proxy import ModuleProxy
+from workbench.tracing.record import Record, RunSpec
+from workbench.tracing.replay import Replay
+from workbench.tracing.seeds import Seed, generators
+from workbench.tracing.session import Listener, Probe, Session
+from workbench.tracing.sites import Site, resolve
+from workbench.tracing.structure import describe
+from workbench.tracing.system import System
+from workbench.tracing.trace import Trace
+
+Capture = str | Site | Probe
+
+
+class DiffusionModel:
+    """A diffusion pipeline with every value in reach.
+
+    Args:
+        model: a zoo name (``"shapes-unet"``), a folder, a Hub id, or a live ``DiffusionPipeline``.
+        **options: passed to ``DiffusionPipeline.from_pretrained``.
+
+    Raises:
+        LoadError, UnknownNameError, InputError: the model cannot be opened; the message says why.
+
+    Example:
+        >>> model = DiffusionModel("shapes-unet")
+        >>> with model.generate("a red circle", num_inference_steps=20, seed=0) as run:
+        ...     for step in run.steps[5:10]:
+        ...         hidden = model.unet.mid_block.output
+        ...         model.unet.mid_block.output = 0.5 * hidden
+        >>> run.images[0]
+    """
+
+    def __init__(self, model: Any, **options: Any) -> None:
+        self._pipeline, self._reference = load(model, **options)
+        self._running = threading.Lock()
+        self._trace: Trace | None = None
+        self._shapes: dict[str, str] = {}
+        for component in self._pipeline.components.values():
+            if isinstance(component, nn.Module):
+                component.eval()
+
+    @property
+    def pipeline(self) -> Any:
+        """The diffusers pipeline itself."""
+        return self._pipeline
+
+    @property
+    def reference(self) -> str:
+        """What the model was opened from; empty for a live pipeline."""
+        return self._reference
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The pipeline's parts by name, those that are there."""
+        return {name: part for name, part in self._pipeline.components.items() if part is not None}
+
+    @property
+    def denoisers(self) -> dict[str, nn.Module]:
+        """The UNet or transformer, or both of a pipeline that has two."""
+        return self._system().denoisers
+
+    def site(self, path: str) -> ModuleProxy:
+        """Return the module at a path, also one whose name clashes with an attribute of ours."""
+        return ModuleProxy(path, resolve(self.components, path), lambda: self._trace)
+
+    def generate(self, prompt: Any = None, *, seed: Seed = None, **arguments: Any) -> Trace:
+        """Open a traced run; inside the ``with`` block values are read and replaced as they pass.
+
+        Args:
+            prompt: what the pipeline takes as its prompt; None for pipelines without one.
+            seed: noise seed, see `record`.
+            **arguments: the pipeline's own.
+        """
+        spec, call, rows = self._plan(prompt, seed, arguments)
+        self._occupy()
+        try:
+            session = Session(self._system(), call, spec, rows=rows)
+            self._trace = Trace(session, release=self._leave, finish=self._finish)
+        except BaseException:
+            self._leave()
+            raise
+        return self._trace
+
+    def trace(self, prompt: Any = None, *, seed: Seed = None, **arguments: Any) -> Trace:
+        """Open a traced run of one step, unless ``num_inference_steps`` says otherwise."""
+        return self.generate(prompt, seed=seed, **{"num_inference_steps": 1, **arguments})
+
+    def record(
+        self,
+        prompt: Any = None,
+        *,
+        seed: Seed = None,
+        capture: Sequence[Capture] = (),
+        interventions: Sequence[Intervention] = (),
+        listener: Listener | None = None,
+        **arguments: Any,
+    ) -> Record:
+        """Run once and return what the run left behind.
+
+        Args:
+            prompt: what the pipeline takes as its prompt; None for pipelines without one.
+            seed: noise seed: one for all prompts (paired noise), or a list with one a sample; None
+                leaves the noise to the pipeline.
+            capture: sites to keep (``"unet.mid_block"``), and probes such as ``wb.Attention()``.
+            interventions: changes to make, applied in order; a captured value is the changed one.
+            listener: told of each call and tick; an exception it raises ends the run.
+            **arguments: the pipeline's own, unchanged.
+
+        Raises:
+            BusyError: the model is already running.
+            UnknownNameError, InputError: an argument, site, port, step or branch that does not fit.
+        """
+        spec, call, rows = self._plan(prompt, seed, arguments)
+        return self._run(spec, call, rows, capture, interventions, listener, replay=None)
+
+    def __call__(self, prompt: Any = None, *, seed: Seed = None, **arguments: Any) -> Any:
+        """Run one step, unless told otherwise, and return the pipeline's output."""
+        return self.record(prompt, seed=seed, **{"num_inference_steps": 1, **arguments}).output
+
+    def _run(
+        self,
+        spec: RunSpec,
+        call: Mapping[str, Any],
+        rows: int | None,
+        capture: Sequence[Capture],
+        interventions: Sequence[Intervention],
+        listener: Listener | None,
+        replay: Replay | None,
+    ) -> Record:
+        sites = [Site.parse(each) for each in capture if isinstance(each, (str, Site))]
+        probes = [each for each in capture if not isinstance(each, (str, Site))]
+        edits = list(interventions)
+        for each in edits:
+            if not isinstance(each, Intervention):
+                raise InputError(f"{each!r} is not an intervention. Give wb.Patch(…) or another of them.")
+        spec = spec.model_copy(update={"capture": tuple(map(str, sites)), "interventions": tuple(edits)})
+        self._occupy()
+        try:
+            session = Session(
+                self._system(),
+                call,
+                spec,
+                rows=rows,
+                edits=edits,
+                capture=sites,
+                probes=probes,
+                replay=replay,
+                listener=listener,
+            )
+            with _global_noise(replay):
+                record = session.run()
+        finally:
+            self._leave()
+        self._finish(record)
+        return record
+
+    def _fork(self, record: Record, step: int, changes: Mapping[str, Any]) -> Record:
+        """Run ``record`` again from ``step`` with ``changes``; called by `Record.fork`."""
+        changes = dict(changes)
+        old = record.spec
+        capture = changes.pop("capture", old.capture)
+        interventions = changes.pop("interventions", old.interventions)
+        listener = changes.pop("listener", None)
+        if "seed" in changes:
+            raise InputError("A fork keeps the noise of its run; to change the seed, record anew.")
+        arguments = {**old.arguments, **changes}
+        spec, call, rows = self._plan(arguments.pop("prompt", None), old.seed, arguments)
+        spec = spec.model_copy(update={"forked_at": step})
+        return self._run(spec, call, rows, capture, interventions, listener, Replay(record, step))
+
+    def _plan(
+        self, prompt: Any, seed: Seed, arguments: Mapping[str, Any]
+    ) -> tuple[RunSpec, dict[str, Any], int | None]:
+        """Return the spec, the pipeline's keyword arguments and the number of samples."""
+        given = dict(arguments) if prompt is None else {"prompt": prompt, **arguments}
+        checks.check(self._pipeline, given)
+        prompts, images = checks.count_prompts(given), checks.count_images(given)
+        call = dict(given)
+        if seed is not None:
+            if "generator" in call:
+                raise InputError("Give a seed or a generator, not both.")
+            call["generator"] = generators(seed, prompts=prompts, images=images)
+        kept_seed = seed if seed is None or isinstance(seed, int) else tuple(seed)
+        return RunSpec(model=self._reference, arguments=given, seed=kept_seed), call, prompts * images
+
+    def _system(self) -> System:
+        return System(self.components, self._pipeline)
+
+    def _finish(self, record: Record) -> None:
+        record.again = self._fork
+        for site, passages in record.captured.items():
+            if passages and ":" not in site:
+                self._shapes[site] = describe(passages[0].value)
+
+    def _occupy(self) -> None:
+        if not self._running.acquire(blocking=False):
+            raise BusyError(
+                "This model is already running. Wait for that run to end or stop it; two runs of one model "
+                "would mix their values."
+            )
+
+    def _leave(self) -> None:
+        self._trace = None
+        if self._running.locked():
+            self._running.release()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        component = self._pipeline.components.get(name)
+        if isinstance(component, nn.Module):
+            return ModuleProxy(name, component, lambda: self._trace)
+        if component is not None:
+            return component
+        raise UnknownNameError(
+            f"{type(self._pipeline).__name__} has no component {name!r}.{nearest(name, self.components)}"
+        )
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *self.components]
+
+    def __iter__(self) -> Iterator[str]:
+        raise TypeError("A DiffusionModel is not a sequence; model.components has its parts.")
+
+    def __repr__(self) -> str:
+        parts = ", ".join(self.components)
+        return f"DiffusionModel({self._reference or type(self._pipeline).__name__}: {parts})"
+
+
+@contextmanager
+def _global_noise(replay: Replay | None) -> Iterator[None]:
+    """Give a replay the global generator its run had, and the caller theirs back."""
+    if replay is None or replay.record.rng_state is None:
+        yield
+        return
+    state = torch.get_rng_state()
+    torch.set_rng_state(replay.record.rng_state)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)

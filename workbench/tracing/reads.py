@@ -1,0 +1,71 @@
+"""What a read returns: the value itself, with ``.save()``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from workbench.tracing.structure import map_tensors
+
+
+class ReadTensor(torch.Tensor):
+    """The tensor that is passing: it shares its storage, so editing it in place takes effect.
+
+    Every operation on it returns plain tensors.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Compute on plain tensors."""
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        return _plain(result)
+
+    def save(self) -> torch.Tensor:
+        """Return a copy that no later edit can change."""
+        copy: torch.Tensor = plain(self).detach().clone()
+        return copy
+
+
+class ReadTuple(tuple[Any, ...]):
+    """The tuple a module returned, with ``.save()``."""
+
+    def save(self) -> tuple[Any, ...]:
+        """Return a copy that no later edit can change."""
+        return tuple(map_tensors(plain(item), lambda each: each.detach().clone()) for item in self)
+
+
+def read(value: Any) -> Any:
+    """Return ``value`` as handed to the user's block."""
+    if isinstance(value, torch.Tensor):
+        return value.as_subclass(ReadTensor)
+    if type(value) is tuple:
+        return ReadTuple(read(item) for item in value)
+    if isinstance(value, dict):
+        return _read_output(value)
+    return value
+
+
+def plain(value: Any) -> Any:
+    """Return ``value`` as the model knows it, the reader's types taken off."""
+    if isinstance(value, ReadTuple):
+        return tuple(plain(item) for item in value)
+    if isinstance(value, dict) and hasattr(value, "save"):
+        return type(value).__mro__[1](**{key: plain(item) for key, item in value.items()})
+    return map_tensors(value, _plain)
+
+
+def _plain(value: Any) -> Any:
+    return value.as_subclass(torch.Tensor) if isinstance(value, ReadTensor) else value
+
+
+def _read_output(value: dict[str, Any]) -> Any:
+    """Give a model output ``.save()`` by a subclass made for its type."""
+    kind = type(value)
+
+    def save(self: Any) -> Any:
+        return map_tensors(plain(self), lambda each: each.detach().clone())
+
+    subclass = type(kind.__name__, (kind,), {"save": save})
+    return subclass(**{key: read(item) for key, item in value.items()})

@@ -1,0 +1,193 @@
+"""What a run left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from workbench.errors import InputError, OutOfOrderError, UnknownNameError, nearest
+from workbench.tracing.ledger import ALL, Ledger, Row
+from workbench.tracing.sites import Site
+from workbench.tracing.structure import pick
+
+
+class RunSpec(BaseModel):
+    """Everything a run was asked for, as data.
+
+    Attributes:
+        model: the model reference: a zoo name, a Hub id or a folder; "" for a live pipeline.
+        arguments: the pipeline's own keyword arguments.
+        seed: one seed, or one a sample; None leaves the noise to the pipeline.
+        capture: the sites that were captured.
+        interventions: each as data; one made by hand in a ``with`` block is ``{"kind": "by hand"}``.
+        forked_at: the step at which the run left another, or None.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    model: str = ""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    seed: int | tuple[int, ...] | None = None
+    capture: tuple[str, ...] = ()
+    interventions: tuple[Any, ...] = ()
+    forked_at: int | None = None
+
+
+@dataclass(frozen=True)
+class Passage:
+    """One value that passed a captured site; ``call`` is None outside the denoiser's calls."""
+
+    call: int | None
+    value: Any
+
+
+@dataclass
+class Record:
+    """A run's output and everything that was kept of it.
+
+    Attributes:
+        spec: what the run was asked for.
+        output: what the pipeline returned.
+        ledger: one row a denoiser call.
+        initial: the latents the scheduler was first stepped with, ``(batch, channels, ...)``.
+        latents: the latents after each tick, ``(ticks, batch, channels, ...)``.
+        noise_pred: the guided prediction of each tick, the same shape.
+        pred_x0: the predicted clean sample of each tick, the same shape, float32; None if the
+            scheduler's convention is unknown.
+        captured: the passages by site.
+        calls: what each denoiser call returned: with the generators' states, enough to replay.
+        rng_state: the state of torch's global generator before the run.
+        attention: attention maps, where they were asked for.
+    """
+
+    spec: RunSpec
+    ledger: Ledger = field(default_factory=Ledger)
+    output: Any = None
+    captured: dict[str, list[Passage]] = field(default_factory=dict)
+    calls: list[Any] = field(default_factory=list)
+    ticks: list[dict[str, torch.Tensor | None]] = field(default_factory=list)
+    initial: torch.Tensor | None = None
+    rng_state: torch.Tensor | None = None
+    attention: Any = None
+    again: Callable[..., Record] | None = field(default=None, repr=False)
+
+    @property
+    def images(self) -> Any:
+        """The images the pipeline returned."""
+        return self._of_output("images")
+
+    @property
+    def frames(self) -> Any:
+        """The video frames the pipeline returned."""
+        return self._of_output("frames")
+
+    @property
+    def audios(self) -> Any:
+        """The sounds the pipeline returned."""
+        return self._of_output("audios")
+
+    @property
+    def latents(self) -> torch.Tensor:
+        """The latents after each tick, ``(ticks, batch, channels, ...)``."""
+        return self._stack("latents")
+
+    @property
+    def noise_pred(self) -> torch.Tensor:
+        """The guided prediction of each tick, ``(ticks, batch, channels, ...)``."""
+        return self._stack("noise_pred")
+
+    @property
+    def pred_x0(self) -> torch.Tensor | None:
+        """The predicted clean sample of each tick, ``(ticks, batch, channels, ...)``, float32, or None."""
+        return None if any(tick["pred_x0"] is None for tick in self.ticks) else self._stack("pred_x0")
+
+    def __getitem__(self, site: str | Site) -> torch.Tensor:
+        """Return a captured site's values, ``(calls, ...)``.
+
+        Raises:
+            UnknownNameError: the site was not captured.
+            InputError: the values differ in shape from call to call; use `at`.
+        """
+        values = [pick(each.value, Site.parse(site).leaf, site=str(site)) for each in self.passages(site)]
+        if len({tuple(value.shape) for value in values}) > 1:
+            raise InputError(
+                f"The values at {site} differ in shape from call to call; read one: at({str(site)!r}, step=…)"
+            )
+        return torch.stack(values)
+
+    def passages(self, site: str | Site) -> list[Passage]:
+        """Return every passage of a captured site, in order."""
+        wanted = Site.parse(site)
+        for name in (str(wanted), str(Site(wanted.path, wanted.port))):
+            if name in self.captured:
+                return self.captured[name]
+        raise UnknownNameError(
+            f"{wanted} was not captured in this run.{nearest(str(wanted), self.captured)} "
+            f"Record it: record(..., capture=[{str(wanted)!r}])."
+        )
+
+    def at(self, site: str | Site, *, step: int, branch: str = ALL, nth: int = 0) -> torch.Tensor:
+        """Return a captured value at one step.
+
+        Args:
+            site: a captured site.
+            step: which step; negative ones count from the end.
+            branch: a guidance branch, or ``"all"`` for every row of the call.
+            nth: which of the step's calls of that branch, for schedulers with two ticks a step.
+
+        Returns:
+            The value, ``(rows, ...)``.
+
+        Raises:
+            OutOfOrderError: the step has no such call, or the site did not pass in it.
+        """
+        rows = self.ledger.at(step, branch)
+        if not 0 <= nth < len(rows):
+            raise OutOfOrderError(
+                f"Step {step} has {len(rows)} calls of branch {branch!r}; there is no {nth}."
+            )
+        row: Row = rows[nth]
+        wanted = Site.parse(site)
+        for passage in self.passages(wanted):
+            if passage.call == row.call:
+                value = pick(passage.value, wanted.leaf, site=str(wanted))
+                part: torch.Tensor = value[row.rows(branch, value.shape[0])]
+                return part
+        raise OutOfOrderError(f"{wanted} did not pass in step {step} (call {row.call}) of this run.")
+
+    def step_latents(self, step: int) -> torch.Tensor:
+        """Return the latents a step leaves, ``(batch, channels, ...)``."""
+        return self.latents[self.ledger.last_tick(step)]
+
+    def fork(self, step: int, **changes: Any) -> Record:
+        """Run again from ``step``: exact up to it, with ``changes`` from it on.
+
+        Args:
+            step: the first step that is computed anew; negative ones count from the end.
+            **changes: pipeline arguments (``prompt``, ``guidance_scale``, …), ``interventions`` and
+                ``capture``; what is not named stays as it was.
+
+        Raises:
+            InputError: the run has no such step, or the record cannot be run again.
+        """
+        if self.again is None:
+            raise InputError("This record does not know its model, so it cannot be forked. Record it anew.")
+        if not -self.ledger.steps <= step <= self.ledger.steps:
+            raise InputError(f"The run has {self.ledger.steps} steps; it cannot fork at step {step}.")
+        return self.again(self, step % self.ledger.steps if step < 0 else step, changes)
+
+    def _stack(self, name: str) -> torch.Tensor:
+        return torch.stack([value for tick in self.ticks if (value := tick[name]) is not None])
+
+    def _of_output(self, name: str) -> Any:
+        if isinstance(self.output, dict) and name in self.output:
+            return self.output[name]
+        if isinstance(self.output, Sequence) and name == "images":
+            return self.output[0]
+        raise UnknownNameError(
+            f"The pipeline returned no {name}.{nearest(name, list(self.output or []))} See record.output."
+        )

@@ -1,0 +1,96 @@
+"""Recorded outputs in place of the denoiser, up to a step.
+
+The pipeline itself runs: its scheduler, the scheduler's history and every generator go through the
+states they had, so what follows is exact for any pipeline and scheduler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from workbench.errors import ShapeError
+from workbench.tracing.clock import Clock
+from workbench.tracing.ledger import Row
+from workbench.tracing.record import Passage, Record
+from workbench.tracing.rig import Rig
+from workbench.tracing.sites import Site
+from workbench.tracing.structure import describe, map_tensors
+
+
+@dataclass
+class Replay:
+    """Stand-in for the denoiser before ``until``.
+
+    Attributes:
+        record: the run to repeat.
+        until: the first step that is computed.
+    """
+
+    record: Record
+    until: int
+
+    def covers(self, row: Row) -> bool:
+        """Whether ``row`` is repeated."""
+        return row.step < self.until
+
+    def attach(self, rig: Rig, clock: Clock) -> None:
+        """Shadow each denoiser's forward, and hand the scheduler the recorded guided prediction."""
+        for module in clock.system.denoisers.values():
+            rig.wrap(module, "forward", lambda forward: self._standing_in(clock, forward))
+        clock.guided = self._guided
+
+    def passages(self, site: Site) -> list[Passage]:
+        """Return what the repeated steps left at ``site``, if the recorded run kept it."""
+        kept = self.record.captured.get(str(site), [])
+        early = {row.call for row in self.record.ledger if self.covers(row)}
+        return [each for each in kept if each.call in early]
+
+    def _standing_in(self, clock: Clock, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def stand_in(*args: Any, **kwargs: Any) -> Any:
+            row = clock.row
+            if row is None or not self.covers(row):
+                return forward(*args, **kwargs)
+            return self._recorded(row, args, kwargs)
+
+        return stand_in
+
+    def _recorded(self, row: Row, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        sample = args[0] if args else next(iter(kwargs.values()))
+        match = self._match(row)
+        output = self.record.calls[match.call]
+        size = _batch(output)
+        rows = sample.shape[0] if isinstance(sample, torch.Tensor) else size
+        if match.branches == row.branches and size == rows:
+            return map_tensors(output, lambda tensor: tensor.to(sample.device, copy=True))
+        # Guidance was switched on or off: only the shape matters, the scheduler gets the recorded
+        # guided prediction.
+        return map_tensors(
+            output, lambda tensor: tensor[:1].expand(rows, *tensor.shape[1:]).to(sample.device, copy=True)
+        )
+
+    def _match(self, row: Row) -> Row:
+        same = [each for each in self.record.ledger if each.tick == row.tick]
+        alike = [each for each in same if each.branches == row.branches and each.component == row.component]
+        return (alike or same)[0]
+
+    def _guided(self, tick: int, step: int, computed: torch.Tensor) -> torch.Tensor:
+        if step >= self.until:
+            return computed
+        recorded = self.record.ticks[tick]["noise_pred"]
+        assert recorded is not None
+        if recorded.shape != computed.shape:
+            raise ShapeError(
+                f"The recorded run made samples of {describe(recorded)}, this one asks for {describe(computed)}. "
+                "A fork keeps the size and the number of samples."
+            )
+        return recorded.to(computed.device, computed.dtype)
+
+
+def _batch(output: Any) -> int:
+    sizes: list[int] = []
+    map_tensors(output, lambda tensor: sizes.append(tensor.shape[0]) or tensor)  # type: ignore[func-returns-value]
+    return sizes[0]

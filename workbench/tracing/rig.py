@@ -1,0 +1,87 @@
+"""What we put on somebody's model, and how all of it comes off again.
+
+Each hook and wrapped method is an object that names its owner. A rig notes a target *before* it
+touches it and sweeps by owner, so that an interrupt between any two opcodes leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+_MISSING = object()
+_HOOK_TABLES = {
+    "_forward_pre_hooks": ("_forward_pre_hooks_with_kwargs",),
+    "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+}
+
+Before = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None]
+After = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
+
+
+class Owned:
+    """A callable that belongs to a rig."""
+
+    def __init__(self, owner: Rig, call: Callable[..., Any], before: Any = _MISSING) -> None:
+        self.owner = owner
+        self.call = call
+        self.before = before
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Pass the call on."""
+        return self.call(*args, **kwargs)
+
+
+class Rig:
+    """Everything one run has put on a model; `sweep` takes it all off."""
+
+    def __init__(self) -> None:
+        self._modules: list[nn.Module] = []
+        self._wrapped: list[tuple[Any, str]] = []
+
+    def before(self, module: nn.Module, hook: Before) -> Owned:
+        """Call ``hook(module, args, kwargs)`` before each forward of ``module``."""
+        self._modules.append(module)
+        owned = Owned(self, hook)
+        module.register_forward_pre_hook(owned, with_kwargs=True)
+        return owned
+
+    def after(self, module: nn.Module, hook: After, *, always: bool = False) -> Owned:
+        """Call ``hook(module, args, kwargs, output)`` after each forward; with ``always``, also a failed one."""
+        self._modules.append(module)
+        owned = Owned(self, hook)
+        module.register_forward_hook(owned, with_kwargs=True, always_call=always)
+        return owned
+
+    def wrap(self, target: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Shadow the method ``target.name`` by ``make(method)`` on this one object."""
+        self._wrapped.append((target, name))
+        own = target.__dict__.get(name, _MISSING)
+        target.__dict__[name] = Owned(self, make(getattr(target, name)), own)
+
+    def drop(self, module: nn.Module, owned: Owned) -> None:
+        """Take one hook off."""
+        _remove(module, lambda hook: hook is owned)
+
+    def sweep(self) -> None:
+        """Take off every hook and wrapped method of this rig; safe to call again."""
+        for module in self._modules:
+            _remove(module, lambda hook: isinstance(hook, Owned) and hook.owner is self)
+        for target, name in reversed(self._wrapped):
+            current = target.__dict__.get(name)
+            if isinstance(current, Owned) and current.owner is self:
+                if current.before is _MISSING:
+                    target.__dict__.pop(name, None)
+                else:
+                    target.__dict__[name] = current.before
+
+
+def _remove(module: nn.Module, ours: Callable[[Any], bool]) -> None:
+    for table, companions in _HOOK_TABLES.items():
+        hooks = getattr(module, table)
+        for key in [key for key, hook in list(hooks.items()) if ours(hook)]:
+            for companion in companions:
+                getattr(module, companion).pop(key, None)
+            hooks.pop(key, None)

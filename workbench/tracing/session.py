@@ -1,0 +1,201 @@
+"""One run of a system, watched and edited."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from workbench.tracing.clock import Clock, Tick
+from workbench.tracing.guards import check
+from workbench.tracing.ledger import Row
+from workbench.tracing.record import Passage, Record, RunSpec
+from workbench.tracing.replay import Replay
+from workbench.tracing.rig import Rig
+from workbench.tracing.sites import Site, resolve
+from workbench.tracing.structure import keep, keep_tensor, pick, put
+from workbench.tracing.system import System
+
+
+class Edit(Protocol):
+    """Something that changes the value at a site."""
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites it acts on."""
+
+    def apply(self, site: Site, value: torch.Tensor, row: Row | None, total: int | None) -> torch.Tensor:
+        """Return the value to go on with; ``value`` itself when this is not its moment."""
+
+
+class Probe(Protocol):
+    """Something that watches a run by other means than module hooks."""
+
+    def watching(self, session: Session) -> AbstractContextManager[None]:
+        """Return the context the run happens in."""
+
+    def deliver(self, record: Record) -> None:
+        """Put what was seen into the record."""
+
+
+class Listener(Protocol):
+    """Told how a run goes on; an exception it raises ends the run."""
+
+    def started(self, row: Row) -> None:
+        """A denoiser call begins."""
+
+    def ticked(self, tick: Tick, latents: torch.Tensor) -> None:
+        """The scheduler was stepped."""
+
+
+class Session:
+    """Runs a system once and leaves a `Record`.
+
+    Args:
+        system: what to run.
+        arguments: the call's keyword arguments.
+        spec: what was asked, for the record.
+        rows: how many samples the run makes, if known.
+        edits: applied in order at their sites, before captures.
+        capture: the sites to keep.
+        probes: other watchers.
+        replay: recorded outputs that stand in for the denoiser up to a step.
+        listener: told how the run goes on.
+    """
+
+    def __init__(
+        self,
+        system: System,
+        arguments: Mapping[str, Any],
+        spec: RunSpec,
+        *,
+        rows: int | None = None,
+        edits: Sequence[Edit] = (),
+        capture: Iterable[Site] = (),
+        probes: Sequence[Probe] = (),
+        replay: Replay | None = None,
+        listener: Listener | None = None,
+    ) -> None:
+        self.system = system
+        self.arguments = arguments
+        self.edits = list(edits)
+        self.capture = list(dict.fromkeys(capture))
+        self.probes = list(probes)
+        self.replay = replay
+        self.rig = Rig()
+        self.clock = Clock(system, rows)
+        self.record = Record(spec, ledger=self.clock.ledger)
+        if listener is not None:
+            self.clock.started.append(listener.started)
+            self.clock.ticked.append(listener.ticked)
+
+    def run(self) -> Record:
+        """Run to the end.
+
+        Whatever happens, everything put on the model is taken off again: the sweep stands in two
+        nested ``finally``, so that an interrupt in the first leaves the second.
+        """
+        try:
+            try:
+                self._install()
+                with ExitStack() as stack:
+                    for probe in self.probes:
+                        stack.enter_context(probe.watching(self))
+                    self.record.output = self.system.call(**self.arguments)
+            finally:
+                self.rig.sweep()
+        finally:
+            self.rig.sweep()
+        for probe in self.probes:
+            probe.deliver(self.record)
+        return self.record
+
+    def replaying(self, row: Row | None) -> bool:
+        """Whether this call's output is a recorded one."""
+        return self.replay is not None and row is not None and self.replay.covers(row)
+
+    def _install(self) -> None:
+        places = {site: resolve(self.system.components, site.path) for site in self._places()}
+        check(self.system.components, places)
+        self.record.rng_state = torch.get_rng_state()
+        self.clock.finished.append(self._finish)
+        self.clock.ticked.append(self._tick)
+        self.clock.attach(self.rig)
+        for site, module in places.items():
+            self._hook(site, module)
+        self.clock.watch_exits(self.rig)
+        if self.replay is not None:
+            self.replay.attach(self.rig, self.clock)
+            for site in self.capture:
+                self.record.captured[str(site)] = self.replay.passages(site)
+
+    def _places(self) -> list[Site]:
+        """Every module port something is wanted of, once."""
+        wanted = [*(site for edit in self.edits for site in edit.sites), *self.capture]
+        return list(dict.fromkeys(Site(site.path, site.port) for site in wanted))
+
+    def _hook(self, place: Site, module: nn.Module) -> None:
+        edits = [(site, edit) for edit in self.edits for site in edit.sites if _at(site, place)]
+        captures = [site for site in self.capture if _at(site, place)]
+
+        def pass_by(value: Any) -> Any:
+            if self.replaying(self.clock.row):
+                return value
+            for site, edit in edits:
+                value = self._apply(edit, site, value)
+            for site in captures:
+                self._keep(site, value)
+            return value
+
+        hook_port(self.rig, module, place.port, pass_by)
+
+    def _apply(self, edit: Edit, site: Site, value: Any) -> Any:
+        old = pick(value, site.leaf, site=str(site))
+        new = edit.apply(site, old, self.clock.row, self.clock.total_steps)
+        return value if new is old else put(value, site.leaf, new, site=str(site))
+
+    def _keep(self, site: Site, value: Any) -> None:
+        part = pick(value, site.leaf, site=str(site)) if site.leaf else value
+        row = self.clock.row
+        self.record.captured.setdefault(str(site), []).append(
+            Passage(None if row is None else row.call, keep(part))
+        )
+
+    def _finish(self, row: Row, output: Any) -> None:
+        self.record.calls.append(keep(output))
+
+    def _tick(self, tick: Tick, latents: torch.Tensor) -> None:
+        if self.record.initial is None:
+            self.record.initial = keep_tensor(tick.before)
+        self.record.ticks.append(
+            {
+                "latents": keep_tensor(latents),
+                "noise_pred": keep_tensor(tick.noise_pred),
+                "pred_x0": None if tick.pred_x0 is None else keep_tensor(tick.pred_x0),
+            }
+        )
+
+
+def hook_port(rig: Rig, module: nn.Module, port: str, pass_by: Callable[[Any], Any]) -> Any:
+    """Let ``pass_by`` see, and perhaps change, the value at a module's port on each forward."""
+    if port == "output":
+        return rig.after(module, lambda _module, _args, _kwargs, output: pass_by(output))
+    if port == "inputs":
+        return rig.before(module, lambda _module, args, kwargs: pass_by((args, kwargs)))
+
+    def first(
+        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (pass_by(args[0]), *args[1:]), kwargs
+        name = next(iter(kwargs))
+        return args, {**kwargs, name: pass_by(kwargs[name])}
+
+    return rig.before(module, first)
+
+
+def _at(site: Site, place: Site) -> bool:
+    return (site.path, site.port) == (place.path, place.port)

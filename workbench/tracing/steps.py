@@ -1,0 +1,48 @@
+"""Which steps and branches something acts on."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+
+from workbench.errors import InputError
+from workbench.tracing.ledger import ALL, Row
+
+Steps = int | slice | Iterable[int] | None
+
+
+def normal(steps: Steps) -> tuple[int, ...] | slice | None:
+    """Return steps in a plain, comparable form.
+
+    Args:
+        steps: a step, a range, a slice, a list; None means every step. Negative ones count from the end.
+
+    Raises:
+        InputError: something that is no step, or an empty choice.
+    """
+    if steps is None or isinstance(steps, slice):
+        return steps
+    try:
+        chosen = tuple(operator.index(step) for step in (steps if isinstance(steps, Iterable) else (steps,)))
+    except TypeError:
+        raise InputError(
+            f"steps={steps!r} does not name steps. Give a number, a range such as range(0, 8), a list or None."
+        ) from None
+    if not chosen:
+        raise InputError(f"steps={steps!r} is empty, so nothing would happen. Leave it out for every step.")
+    return chosen
+
+
+def covers(steps: tuple[int, ...] | slice | None, row: Row, total: int | None) -> bool:
+    """Whether ``row`` lies in ``steps`` of a run of ``total`` steps."""
+    if steps is None:
+        return True
+    if isinstance(steps, slice):
+        return row.step in range(*steps.indices(total if total is not None else row.step + 1))
+    return row.step in steps or (total is not None and row.step - total in steps)
+
+
+def branch_rows(row: Row, branch: str, size: int) -> list[tuple[str, slice]]:
+    """Return each branch of this call that ``branch`` asks for, with its rows in a batch of ``size``."""
+    wanted = row.branches if branch in (ALL, "both") else tuple(b for b in row.branches if b == branch)
+    return [(each, row.rows(each, size)) for each in wanted]

@@ -1,0 +1,48 @@
+"""What the tracer needs to know of a model: its parts and how to run it. No pipeline by name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+_TIME_ARGUMENTS = {"timestep", "timesteps", "t", "r", "time_step"}
+_NOT_DENOISERS = ("ControlNet", "Autoencoder", "Adapter", "TextModel", "Safety")
+
+
+@dataclass(frozen=True)
+class System:
+    """A denoising system.
+
+    Attributes:
+        components: every part by name, modules and others.
+        call: runs it once, with the pipeline's own keyword arguments.
+    """
+
+    components: Mapping[str, Any]
+    call: Callable[..., Any]
+
+    @property
+    def denoisers(self) -> dict[str, nn.Module]:
+        """The modules that are called with a timestep: UNets and transformers, one or more."""
+        return {name: part for name, part in self.components.items() if is_denoiser(part)}
+
+    @property
+    def schedulers(self) -> dict[str, Any]:
+        """The components that step latents along a list of timesteps."""
+        return {
+            name: part
+            for name, part in self.components.items()
+            if hasattr(part, "step") and hasattr(part, "timesteps")
+        }
+
+
+def is_denoiser(part: Any) -> bool:
+    """Whether a component predicts noise, velocity or a sample at a timestep."""
+    if not isinstance(part, nn.Module) or any(word in type(part).__name__ for word in _NOT_DENOISERS):
+        return False
+    forward = getattr(type(part), "forward", None)
+    return forward is not None and bool(_TIME_ARGUMENTS & set(inspect.signature(forward).parameters))

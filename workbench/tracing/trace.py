@@ -1,0 +1,303 @@
+"""The ``with`` block: the pipeline runs as a coroutine and waits where the block asks for a value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import greenlet
+from torch import nn
+
+from workbench.errors import InputError, OutOfOrderError, TraceError
+from workbench.tracing.ambient import Ambient
+from workbench.tracing.ledger import Row
+from workbench.tracing.reads import plain, read
+from workbench.tracing.record import Record
+from workbench.tracing.rig import Owned
+from workbench.tracing.session import Session, hook_port
+from workbench.tracing.sites import Site, resolve
+from workbench.tracing.structure import check_fit, pick, put
+
+
+@dataclass
+class Pause:
+    """Where the pipeline waits: at a site's value, or at the start of a denoiser call."""
+
+    row: Row | None
+    place: Site | None = None
+    value: Any = None
+
+
+class Trace:
+    """A run in a ``with`` block.
+
+    Reading a site lets the pipeline go on until the value passes, and no further; what is not asked
+    for costs nothing. After the block it has run to its end and the trace has all that a record has.
+    """
+
+    def __init__(
+        self, session: Session, *, release: Callable[[], None], finish: Callable[[Record], None]
+    ) -> None:
+        self._session = session
+        self._release = release
+        self._finish = finish
+        self._coroutine: greenlet.greenlet | None = None
+        self._outside = Ambient()
+        self._inside: Ambient | None = None
+        self._pause: Pause | None = None
+        self._seen: dict[Site, Any] = {}
+        self._seen_in: Row | None = None
+        self._step: int | None = None
+        self._catch: Callable[[Row], bool] | None = None
+        self._done = False
+        self._open_paths: set[str] = set()
+
+    def __enter__(self) -> Self:
+        self._session.clock.started.append(self._call_starts)
+        self._coroutine = greenlet.greenlet(self._session.run)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            try:
+                if kind is None:
+                    self._step, self._catch = None, None
+                    while not self._done:
+                        self._resume()
+                    self._finish(self._session.record)
+            finally:
+                self._end()
+        finally:
+            self._session.rig.sweep()
+            self._release()
+
+    @property
+    def record(self) -> Record:
+        """What the run left behind; complete after the block."""
+        return self._session.record
+
+    @property
+    def steps(self) -> Steps:
+        """The run's steps, for ``for step in run.steps[5:10]``."""
+        return Steps(self)
+
+    iter = steps
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if not self._done and name not in ("ledger", "captured", "spec"):
+            raise TraceError(f"run.{name} is there after the block has ended; the run is still going on.")
+        return getattr(self._session.record, name)
+
+    def value(self, site: Site) -> Any:
+        """Return the value at ``site``, letting the pipeline run up to it."""
+        place = Site(site.path, site.port)
+        self._forget_past_calls()
+        if place not in self._seen:
+            self._run_to(place)
+        value = self._seen[place]
+        return read(pick(value, site.leaf, site=str(site)) if site.leaf else value)
+
+    def replace(self, site: Site, new: Any) -> None:
+        """Let the run go on with ``new`` in place of the value at ``site``."""
+        place = Site(site.path, site.port)
+        self._forget_past_calls()
+        if place not in self._seen:
+            self._run_to(place)
+        if self._pause is None or self._pause.place != place:
+            raise OutOfOrderError(
+                f"{site} has already passed in {self._where()}; the run is at {self._spot()} now. "
+                "Replace a value before reading what comes after it."
+            )
+        new = plain(new)
+        old = self._pause.value
+        check_fit(pick(old, site.leaf, site=str(site)) if site.leaf else old, new, site=str(site))
+        self._pause.value = put(old, site.leaf, new, site=str(site)) if site.leaf else new
+        self._seen[place] = self._pause.value
+
+    def go_to_step(self, step: int) -> Row:
+        """Let the pipeline run to the start of ``step``."""
+        reached = self._pause.row if self._pause is not None else None
+        if self._step is not None and step <= self._step:
+            raise OutOfOrderError(
+                f"Step {step} comes before step {self._step}, where the run is; steps only go on."
+            )
+        if (
+            reached is not None
+            and self._pause is not None
+            and self._pause.place is None
+            and reached.step == step
+        ):
+            self._step = step
+            return reached
+        self._step, self._catch = None, lambda row: row.step >= step
+        self._resume()
+        self._catch = None
+        if self._pause is None or self._pause.row is None:
+            raise OutOfOrderError(
+                f"The run ended after {self.record.ledger.steps} steps, before step {step}."
+            )
+        self._step = step
+        return self._pause.row
+
+    def leave_steps(self) -> None:
+        """Reads after the loop are not bound to its last step."""
+        self._step = None
+
+    def known_steps(self) -> int:
+        """Return how many steps the run has, letting it start if it must."""
+        if self._session.clock.total_steps is None or not self._session.record.ledger:
+            self._catch = lambda row: True
+            self._resume()
+            self._catch = None
+        return self._session.clock.total_steps or self._session.record.ledger.steps
+
+    def _run_to(self, place: Site) -> None:
+        module = resolve(self._session.system.components, place.path)
+        hook = self._hook_once(place, module)
+        try:
+            self._resume()
+        finally:
+            self._session.rig.drop(module, hook)
+        if self._pause is None or self._pause.place != place:
+            passed = (
+                f"did not pass again in {self._where()}" if self._step is not None else "was never reached"
+            )
+            raise OutOfOrderError(
+                f"{place} {passed}; the run is at {self._spot()}. Values can be read in the order the model "
+                "computes them, once each call."
+            )
+
+    def _hook_once(self, place: Site, module: nn.Module) -> Owned:
+        self._keep_hookable(place.path)
+
+        def pass_by(value: Any) -> Any:
+            if place in self._seen and self._seen_in is self._session.clock.row:
+                return value
+            pause = Pause(self._session.clock.row, place, value)
+            self._seen_in = pause.row
+            self._seen[place] = value
+            self._wait(pause)
+            return pause.value
+
+        hook: Owned = hook_port(self._session.rig, module, place.port, pass_by)
+        if module in self._session.system.denoisers.values():
+            self._session.clock.watch_exits(self._session.rig)
+        return hook
+
+    def _keep_hookable(self, path: str) -> None:
+        """Give every module around ``path`` a hook that does nothing.
+
+        A module called without any hook takes a short cut past those added while it runs, and the
+        block may well ask for its output from inside it.
+        """
+        parts = path.split(".")
+        for outer in (".".join(parts[:depth]) for depth in range(1, len(parts))):
+            if outer not in self._open_paths:
+                self._open_paths.add(outer)
+                self._session.rig.after(resolve(self._session.system.components, outer), _nothing)
+
+    def _call_starts(self, row: Row) -> None:
+        left_step = self._step is not None and row.step > self._step
+        if left_step or (self._catch is not None and self._catch(row)):
+            self._wait(Pause(row))
+
+    def _wait(self, pause: Pause) -> None:
+        """In the pipeline: hand over to the block until it asks for more."""
+        self._pause, self._inside = pause, Ambient()
+        coroutine = self._coroutine
+        assert coroutine is not None
+        assert coroutine.parent is not None
+        coroutine.parent.switch()
+
+    def _resume(self) -> None:
+        """In the block: let the pipeline go on until it waits or ends."""
+        coroutine = self._coroutine
+        if coroutine is None or self._done:
+            raise TraceError("The run has ended. Read values inside the with block, before it is over.")
+        self._outside, self._pause = Ambient(), None
+        if self._inside is not None:
+            self._inside.restore()
+        coroutine.parent = greenlet.getcurrent()
+        try:
+            coroutine.switch()
+        finally:
+            self._outside.restore()
+            self._done = coroutine.dead
+
+    def _end(self) -> None:
+        """Make the pipeline unwind if it has not ended."""
+        coroutine = self._coroutine
+        if coroutine is not None and not coroutine.dead and coroutine:
+            outside = Ambient()
+            if self._inside is not None:
+                self._inside.restore()
+            coroutine.parent = greenlet.getcurrent()
+            try:
+                coroutine.throw(greenlet.GreenletExit)
+            finally:
+                outside.restore()
+        self._done = True
+
+    def _forget_past_calls(self) -> None:
+        if self._pause is not None and self._pause.row is not self._seen_in:
+            self._seen.clear()
+            self._seen_in = self._pause.row
+
+    def _where(self) -> str:
+        return "this call" if self._step is None else f"step {self._step}"
+
+    def _spot(self) -> str:
+        if self._pause is None:
+            return "its end"
+        at = f"{self._pause.place}" if self._pause.place is not None else "the start of the denoiser"
+        return (
+            at
+            if self._pause.row is None
+            else f"{at}, step {self._pause.row.step}, call {self._pause.row.call}"
+        )
+
+
+def _nothing(*_: Any) -> None:
+    """A hook that leaves everything as it is."""
+
+
+class Steps:
+    """``run.steps``: iterate over all, or over what an index, slice or list chooses."""
+
+    def __init__(self, trace: Trace) -> None:
+        self._trace = trace
+
+    def __iter__(self) -> Iterator[Row]:
+        return self._over(slice(None))
+
+    def __getitem__(self, chosen: int | slice | list[int]) -> Iterator[Row]:
+        """Iterate over the chosen steps, in order.
+
+        Raises:
+            InputError: steps that the run does not have, or that run backwards.
+        """
+        return self._over(chosen)
+
+    def _over(self, chosen: int | slice | list[int]) -> Iterator[Row]:
+        total = self._trace.known_steps()
+        wanted = self._numbers(chosen, total)
+        if any(later <= earlier for earlier, later in zip(wanted, wanted[1:], strict=False)):
+            raise InputError(f"steps[{chosen}] does not go forward; a run cannot go back. Sort the steps.")
+        for step in wanted:
+            yield self._trace.go_to_step(step)
+        self._trace.leave_steps()
+
+    def _numbers(self, chosen: int | slice | list[int], total: int) -> list[int]:
+        if isinstance(chosen, slice):
+            return list(range(*chosen.indices(total)))
+        numbers = [chosen] if isinstance(chosen, int) else list(chosen)
+        for number in numbers:
+            if not -total <= number < total:
+                raise InputError(f"The run has {total} steps (0 to {total - 1}); {number} is none of them.")
+        return [number % total for number in numbers]
