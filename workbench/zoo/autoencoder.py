@@ -39,7 +39,7 @@ def to_tensor(images: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> Tensor
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
 
 
-def image_batches(seed: int, size: int, pool: int = 20_000) -> Iterator[Tensor]:
+def image_batches(seed: int, size: int, pool: int) -> Iterator[Tensor]:
     """Draw training images without end.
 
     Args:
@@ -56,12 +56,15 @@ def image_batches(seed: int, size: int, pool: int = 20_000) -> Iterator[Tensor]:
         yield to_tensor(images[rng.integers(pool, size=size)])
 
 
-def train_autoencoder(steps: int, seed: int, *, batch: int = 32, rate: float = 2e-3) -> AutoencoderKL:
+def train_autoencoder(
+    steps: int, seed: int, *, pool: int = 20_000, batch: int = 32, rate: float = 2e-3
+) -> AutoencoderKL:
     """Train the autoencoder on drawn scenes, and set its scaling factor to what it learnt.
 
     Args:
         steps: optimiser steps.
         seed: of the weights, the scenes and the noise.
+        pool: how many images are rendered to draw from.
         batch: images a step.
         rate: the highest learning rate of the one-cycle schedule.
 
@@ -73,7 +76,7 @@ def train_autoencoder(steps: int, seed: int, *, batch: int = 32, rate: float = 2
     optimiser = torch.optim.AdamW(vae.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps, pct_start=0.1)
     started = time.monotonic()
-    for step, images in zip(range(1, steps + 1), image_batches(seed, batch), strict=False):
+    for step, images in zip(range(1, steps + 1), image_batches(seed, batch, pool), strict=False):
         loss, error = _loss(vae, images)
         optimiser.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
@@ -107,23 +110,23 @@ def _decibels(squared_error: float) -> float:
 
 @torch.no_grad()
 def _scaling_factor(vae: AutoencoderKL, seed: int) -> float:
-    images = next(image_batches(seed, 512, pool=512))
+    images = next(image_batches(seed, 512, 512))
     return float(1 / vae.encode(images).latent_dist.sample().std())
 
 
 @torch.no_grad()
 def psnr(vae: AutoencoderKL, seed: int, count: int = 128) -> float:
     """How well images come back through the mean of their latents, in decibels of the whole range."""
-    images = next(image_batches(seed, count, pool=count))
+    images = next(image_batches(seed, count, count))
     decoded = vae.decode(vae.encode(images).latent_dist.mean).sample.clamp(-1, 1)
     return _decibels(float(functional.mse_loss(decoded, images)))
 
 
-def load_or_train(folder: Path, steps: int, seed: int) -> AutoencoderKL:
+def load_or_train(folder: Path, steps: int, seed: int, pool: int) -> AutoencoderKL:
     """Open the autoencoder kept in ``folder``, or train it and keep it there."""
     if (folder / "config.json").exists():
         log.info("autoencoder found in %s", folder)
         return AutoencoderKL.from_pretrained(folder).eval()
-    vae = train_autoencoder(steps, seed)
+    vae = train_autoencoder(steps, seed, pool=pool)
     vae.save_pretrained(folder)
     return vae

@@ -43,6 +43,7 @@ class Recipe:
 
     Attributes:
         vae_steps: optimiser steps of the autoencoder, of 32 images each.
+        images: how many images are drawn for it.
         steps: optimiser steps of the denoiser.
         batch: scenes a step of the denoiser.
         rate: highest learning rate of its one-cycle schedule.
@@ -52,6 +53,7 @@ class Recipe:
     """
 
     vae_steps: int = 1600
+    images: int = 20_000
     steps: int = 4200
     batch: int = 48
     rate: float = 1e-3
@@ -134,7 +136,7 @@ def train_shapes_unet(out: Path, recipe: Recipe) -> Path:
     Returns:
         The folder of the exported pipeline.
     """
-    vae = load_or_train(out / "vae", recipe.vae_steps, recipe.seed)
+    vae = load_or_train(out / "vae", recipe.vae_steps, recipe.seed, recipe.images)
     denoiser = Denoiser(recipe)
     kept = out / "denoiser.pt"
     if kept.exists():

@@ -1,0 +1,78 @@
+import hashlib
+import shutil
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from workbench.errors import InputError
+from workbench.zoo import train
+from workbench.zoo.autoencoder import to_tensor
+from workbench.zoo.denoiser import Average, encode_pool
+from workbench.zoo.shapes import render
+
+TINY = train.Recipe(vae_steps=2, images=64, steps=4, batch=4, scenes=16, keep_every=2)
+
+
+def weights(folder):
+    return {
+        file.relative_to(folder): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in folder.rglob("*.safetensors")
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    return out, train.train_shapes_unet(out, TINY)
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_weights(whole, tmp_path, monkeypatch):
+    draw = train.draw_batch
+
+    def stop_at_three(*arguments):
+        if arguments[-1] == 3:
+            raise KeyboardInterrupt
+        return draw(*arguments)
+
+    shutil.copytree(whole[0] / "vae", tmp_path / "vae")
+    monkeypatch.setattr(train, "draw_batch", stop_at_three)
+    with pytest.raises(KeyboardInterrupt):
+        train.train_shapes_unet(tmp_path, TINY)
+    stopped = weights(tmp_path / "export")
+    monkeypatch.undo()
+    assert weights(train.train_shapes_unet(tmp_path, TINY)) == weights(whole[1])
+    assert stopped != weights(whole[1])
+
+
+def test_the_export_opens_as_a_pipeline_of_one_type(whole):
+    pipeline = StableDiffusionPipeline.from_pretrained(whole[1])
+    parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
+    assert {part.dtype for part in parts} == {torch.float32}
+    assert not pipeline.config.requires_safety_checker
+
+
+def test_the_pool_holds_the_latents_of_its_scenes(whole):
+    pipeline = StableDiffusionPipeline.from_pretrained(whole[1])
+    pool = encode_pool(pipeline.vae, 6, 0, chunk=4)
+    image = to_tensor(render(pool.scenes[5])[None])
+    latents = pipeline.vae.encode(image).latent_dist.mean * pipeline.vae.config.scaling_factor
+    assert pool.latents.shape == (6, 4, 16, 16)
+    assert torch.allclose(pool.latents[5], latents[0], atol=0.1)
+    assert not torch.allclose(pool.latents[4], latents[0], atol=0.1)
+
+
+def test_the_average_follows_the_weights_faster_at_first():
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    average = Average(model, decay=0.99)
+    torch.nn.init.ones_(model.weight)
+    average.update(model, 0)
+    assert average.weights["weight"].item() == pytest.approx(0.9)
+    average.update(model, 10_000)
+    assert average.weights["weight"].item() == pytest.approx(0.901)
+
+
+def test_a_recipe_that_does_not_exist_names_those_that_do():
+    with pytest.raises(InputError, match=r"'shape-unet'.*'shapes-unet'"):
+        train.main(["shape-unet"])
