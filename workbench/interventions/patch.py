@@ -1,5 +1,6 @@
-"""Activation patching: one run's activation into another (Vig et al. 2020, arXiv:2004.12265; Meng et
-al. 2022, arXiv:2202.05262).
+"""Activation patching: one run's activation into another.
+
+Vig et al. 2020 (arXiv:2004.12265); Meng et al. 2022 (arXiv:2202.05262).
 """
 
 from __future__ import annotations

@@ -44,7 +44,8 @@ class Clock:
     """The run's three clocks.
 
     ``rows`` is how many samples the run makes: a denoiser batch of twice as many holds two guidance
-    branches. ``started`` is called with each row as the denoiser is entered, ``finished`` with the row and what
+    branches. ``started`` is called with each row as the denoiser is entered, ``finished`` with the row and
+    what
     it returned, ``ticked`` with each tick and the latents after it, ``guided`` may replace the
     prediction that the scheduler is handed.
     """
@@ -120,7 +121,7 @@ class Clock:
 
         return enter
 
-    def _leaving(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _leaving(self, _: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> None:
         row, self.row = self.row, None
         if row is not None:
             for listener in self.finished:

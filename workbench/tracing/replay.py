@@ -84,7 +84,7 @@ class Replay:
         assert recorded is not None
         if recorded.shape != computed.shape:
             raise ShapeError(
-                f"The recorded run made samples of {describe(recorded)}, this one asks for {describe(computed)}. "
+                f"The recorded run made samples of {describe(recorded)}, this one {describe(computed)}. "
                 "A fork keeps the size and the number of samples."
             )
         return recorded.to(computed.device, computed.dtype)

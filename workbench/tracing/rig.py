@@ -48,11 +48,11 @@ class Rig:
         module.register_forward_pre_hook(owned, with_kwargs=True)
         return owned
 
-    def after(self, module: nn.Module, hook: After, *, always: bool = False) -> Owned:
-        """Call ``hook(module, args, kwargs, output)`` after each forward; with ``always``, also a failed one."""
+    def after(self, module: nn.Module, hook: After) -> Owned:
+        """Call ``hook(module, args, kwargs, output)`` after each forward."""
         self._modules.append(module)
         owned = Owned(self, hook)
-        module.register_forward_hook(owned, with_kwargs=True, always_call=always)
+        module.register_forward_hook(owned, with_kwargs=True)
         return owned
 
     def wrap(self, target: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:

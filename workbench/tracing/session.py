@@ -164,7 +164,7 @@ class Session:
             Passage(None if row is None else row.call, keep(part))
         )
 
-    def _finish(self, row: Row, output: Any) -> None:
+    def _finish(self, _: Row, output: Any) -> None:
         self.record.calls.append(keep(output))
 
     def _tick(self, tick: Tick, latents: torch.Tensor) -> None:

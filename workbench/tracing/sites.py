@@ -63,7 +63,7 @@ class Site:
 
 
 def modules(components: Mapping[str, Any]) -> dict[str, nn.Module]:
-    """Return every module by its path, components first: ``unet``, ``unet.conv_in``, …"""
+    """Return every module by its path (``unet``, ``unet.conv_in``, …), components first."""
     found: dict[str, nn.Module] = {}
     for name, component in components.items():
         if isinstance(component, nn.Module):

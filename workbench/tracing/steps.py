@@ -26,7 +26,7 @@ def normal(steps: Steps) -> tuple[int, ...] | slice | None:
         chosen = tuple(operator.index(step) for step in (steps if isinstance(steps, Iterable) else (steps,)))
     except TypeError:
         raise InputError(
-            f"steps={steps!r} does not name steps. Give a number, a range such as range(0, 8), a list or None."
+            f"steps={steps!r} does not name steps. Give a number, a range like range(0, 8), a list or None."
         ) from None
     if not chosen:
         raise InputError(f"steps={steps!r} is empty, so nothing would happen. Leave it out for every step.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from types import TracebackType
 from typing import Any, Self
 
@@ -152,7 +153,7 @@ class Trace:
     def known_steps(self) -> int:
         """Return how many steps the run has, letting it start if it must."""
         if self._session.clock.total_steps is None or not self._session.record.ledger:
-            self._catch = lambda row: True
+            self._catch = lambda _: True
             self._resume()
             self._catch = None
         return self._session.clock.total_steps or self._session.record.ledger.steps
@@ -287,7 +288,7 @@ class Steps:
     def _over(self, chosen: int | slice | list[int]) -> Iterator[Row]:
         total = self._trace.known_steps()
         wanted = self._numbers(chosen, total)
-        if any(later <= earlier for earlier, later in zip(wanted, wanted[1:], strict=False)):
+        if any(later <= earlier for earlier, later in pairwise(wanted)):
             raise InputError(f"steps[{chosen}] does not go forward; a run cannot go back. Sort the steps.")
         for step in wanted:
             yield self._trace.go_to_step(step)
