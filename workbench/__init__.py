@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from workbench.attention.capture import Attention as Attention
+    from workbench.experiments.experiment import Experiment as Experiment
     from workbench.interventions.patch import Patch as Patch
     from workbench.models.model import DiffusionModel as DiffusionModel
     from workbench.tracing.record import Record as Record
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Attention": "workbench.attention.capture",
+    "Experiment": "workbench.experiments.experiment",
     "DiffusionModel": "workbench.models.model",
     "Patch": "workbench.interventions.patch",
     "Record": "workbench.tracing.record",
@@ -23,7 +27,7 @@ _HOMES = {
     "zoo": "workbench.zoo",
 }
 
-__all__ = ["DiffusionModel", "Patch", "Record", "__version__", "errors", "zoo"]
+__all__ = ["Attention", "DiffusionModel", "Experiment", "Patch", "Record", "__version__", "errors", "zoo"]
 
 
 def __getattr__(name: str) -> Any:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class WorkbenchError(Exception):
@@ -59,7 +60,9 @@ class BusyError(WorkbenchError):
 
 
 class RunStopped(WorkbenchError):
-    """The run was stopped on request."""
+    """The run was stopped on request; ``record`` has what was seen until then."""
+
+    record: Any = None
 
 
 def nearest(name: str, known: Iterable[str], *, most: int = 3) -> str:

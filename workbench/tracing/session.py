@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from workbench.errors import RunStopped
 from workbench.tracing.clock import Clock, Tick
 from workbench.tracing.guards import check
 from workbench.tracing.ledger import Row
@@ -105,6 +106,9 @@ class Session:
                     for probe in self.probes:
                         stack.enter_context(probe.watching(self))
                     self.record.output = self.system.call(**self.arguments)
+            except RunStopped as stopped:
+                stopped.record = self.record
+                raise
             finally:
                 self.rig.sweep()
         finally:

@@ -1,0 +1,223 @@
+"""Captures attention while the pipeline's own fused kernels compute it.
+
+A torch function mode sees each call of scaled dot product attention with the very queries and keys
+the kernel gets (after rotary embeddings and normalisation) and computes from them, aside, the
+softmax columns that were asked for. The kernel's own result goes on untouched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from workbench.attention.geometry import Scope, is_attention, scope_of
+from workbench.attention.maps import AttentionMaps
+from workbench.attention.words import Reading, reading, words_of
+from workbench.errors import GuardError, UnknownNameError, nearest
+from workbench.tracing.ledger import ALL, Row
+from workbench.tracing.record import Record
+from workbench.tracing.session import Session
+from workbench.tracing.sites import modules
+from workbench.tracing.steps import Steps, covers, normal
+
+_CHUNK = 1 << 24
+"""How many softmax weights are computed at once at the most."""
+
+
+@dataclass
+class Attention:
+    """Asks a run for its attention from image to text, averaged over heads.
+
+    Give it in ``capture``; the maps are then ``record.attention``, an `AttentionMaps`.
+
+    Attributes:
+        sites: module paths of attention layers; None is every one that attends to text.
+        steps: which steps; None is every step.
+        branch: which guidance branch.
+        dtype: how the maps are stored; they are computed in float32.
+    """
+
+    sites: Sequence[str] | None = None
+    steps: Steps = None
+    branch: str = "cond"
+    dtype: torch.dtype = torch.float32
+    _run: _Run | None = field(default=None, init=False, repr=False)
+
+    @contextmanager
+    def watching(self, session: Session) -> Iterator[None]:
+        """Watch the attention layers of a run."""
+        run = _Run(self, session)
+        run.attach()
+        self._run = run
+        with _Intercept(run):
+            yield
+
+    def deliver(self, record: Record) -> None:
+        """Put the maps into the record."""
+        run, self._run = self._run, None
+        if run is None:
+            return
+        layers = {path: torch.stack(maps) for path, maps in run.maps.items()}
+        if not layers and not run.seen:
+            raise GuardError(
+                "No attention went through scaled_dot_product_attention. Sliced attention and other backends "
+                "(xformers, flash, sage) pass it by: switch off, by pipeline.disable_attention_slicing() or "
+                "set_attention_backend('native')."
+            )
+        length = max((maps.shape[1] for maps in layers.values()), default=0)
+        record.attention = AttentionMaps(layers, list(run.rows.values()), words_of(run.readings, length))
+
+
+class _Run:
+    """One run's attention capture."""
+
+    def __init__(self, asked: Attention, session: Session) -> None:
+        self.asked = asked
+        self.session = session
+        self.steps = normal(asked.steps)
+        self.stack: list[Scope] = []
+        self.outer: dict[str, dict[str, Any]] = {}
+        self.maps: dict[str, list[torch.Tensor]] = {}
+        self.rows: dict[int, Row] = {}
+        self.readings: list[Reading] = []
+        self.seen = False
+
+    def attach(self) -> None:
+        known = modules(self.session.system.denoisers)
+        layers = [path for path, module in known.items() if is_attention(module)]
+        for path in self.asked.sites if self.asked.sites is not None else layers:
+            if path not in layers:
+                raise UnknownNameError(f"{path!r} is no attention layer.{nearest(path, layers)}")
+            self._watch_layer(path, known[path], known.get(path.rpartition(".")[0]))
+        for name, component in self.session.system.components.items():
+            if isinstance(component, nn.Module) and name not in self.session.system.denoisers:
+                self._watch_reader(name, component)
+
+    def wanted_rows(self, size: int) -> slice | None:
+        """Return which rows of this call's batch are wanted, or None."""
+        row = self.session.clock.row
+        if row is None or self.session.replaying(row) or not row.has(self.asked.branch):
+            return None
+        if not covers(self.steps, row, self.session.clock.total_steps):
+            return None
+        self.rows.setdefault(row.call, row)
+        return row.rows(self.asked.branch, size) if self.asked.branch != ALL else slice(0, size)
+
+    def _watch_layer(self, path: str, module: nn.Module, block: nn.Module | None) -> None:
+        rig = self.session.rig
+        if block is not None:
+            rig.before(block, lambda _module, _args, kwargs: self.outer.__setitem__(path, kwargs))
+        joint = getattr(module, "add_k_proj", None) is not None
+
+        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            scope = scope_of(path, kwargs, args, self.outer.get(path, {}))
+            scope.mixed = scope.mixed or (joint and scope.text > 0)
+            self.stack.append(scope)
+
+        def leave(*_: Any) -> None:
+            self.stack.pop()
+
+        rig.before(module, enter)
+        rig.after(module, leave)
+
+    def _watch_reader(self, name: str, component: nn.Module) -> None:
+        tokenizer = self.session.system.components.get(name.replace("text_encoder", "tokenizer"))
+        if tokenizer is None or not hasattr(tokenizer, "convert_ids_to_tokens"):
+            return
+
+        def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            ids = kwargs.get("input_ids", args[0] if args else None)
+            first = all(each.tokenizer is not tokenizer for each in self.readings)
+            if first and isinstance(ids, torch.Tensor) and ids.ndim == 2 and not ids.is_floating_point():
+                self.readings.append(reading(ids, tokenizer))
+
+        self.session.rig.before(component, read)
+
+
+class _Intercept(TorchFunctionMode):
+    """Sees attention calls and how joint sequences are put together."""
+
+    def __init__(self, run: _Run) -> None:
+        super().__init__()
+        self.run = run
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        stack = self.run.stack
+        if stack:
+            if func is functional.scaled_dot_product_attention:
+                self._look(stack[-1], *args, **kwargs)
+            elif func is torch.cat:
+                stack[-1].see_cat(args[0] if args else kwargs.get("tensors", ()))
+        return func(*args, **kwargs)
+
+    def _look(self, scope: Scope, query: torch.Tensor, key: torch.Tensor, *_: Any, **kwargs: Any) -> None:
+        self.run.seen = True
+        rows = self.run.wanted_rows(query.shape[0]) if scope.text else None
+        if rows is None:
+            return
+        mask = kwargs.get("attn_mask", _[1] if len(_) > 1 else None)
+        weights = head_mean(
+            query[rows],
+            key[rows],
+            queries=scope.queries(query.shape[2]),
+            columns=scope.columns(key.shape[2]),
+            scale=kwargs.get("scale"),
+            mask=mask,
+        )
+        kept = weights[0].T.to("cpu", self.run.asked.dtype)
+        self.run.maps.setdefault(scope.path, []).append(kept)
+
+
+@torch.no_grad()
+def head_mean(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    *,
+    queries: slice,
+    columns: slice,
+    scale: float | None = None,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the softmax weights of some columns, averaged over heads, in float32.
+
+    Queries are taken a stretch at a time, so the whole matrix never exists.
+
+    Args:
+        query: ``(batch, heads, queries, head_dim)``.
+        key: ``(batch, heads, keys, head_dim)``; fewer heads are repeated (grouped queries).
+        queries: which queries.
+        columns: which keys to return; the softmax is over all of them.
+        scale: of the dot products; None is 1/√head_dim.
+        mask: boolean or additive, broadcastable to ``(batch, heads, queries, keys)``.
+
+    Returns:
+        Weights in [0, 1], ``(batch, queries, columns)``.
+    """
+    if key.shape[1] != query.shape[1]:
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    wanted, keys = query[:, :, queries].float(), key.float().transpose(-1, -2)
+    chunk = max(_CHUNK // max(query.shape[0] * query.shape[1] * key.shape[2], 1), 1)
+    parts = []
+    for start in range(0, wanted.shape[2], chunk):
+        logits = wanted[:, :, start : start + chunk] @ keys * factor
+        if mask is not None:
+            logits = _masked(
+                logits, mask, slice(queries.start + start, queries.start + start + logits.shape[2])
+            )
+        parts.append(logits.softmax(-1)[..., columns].mean(1))
+    return torch.cat(parts, dim=1)
+
+
+def _masked(logits: torch.Tensor, mask: torch.Tensor, queries: slice) -> torch.Tensor:
+    part = mask[..., queries, :] if mask.ndim > 1 and mask.shape[-2] > 1 else mask
+    return logits.masked_fill(~part, float("-inf")) if part.dtype == torch.bool else logits + part.float()

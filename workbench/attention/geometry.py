@@ -1,0 +1,83 @@
+"""Where in an attention call the text stands, and where on the image its queries lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass
+class Scope:
+    """An attention module that is being run, and what is known of its text.
+
+    Attributes:
+        path: the module's path.
+        text: how many text tokens there are, 0 for self-attention.
+        mixed: whether text and image are one sequence (joint attention).
+        text_first: in a mixed sequence, whether the text comes first; None until it is seen.
+    """
+
+    path: str
+    text: int = 0
+    mixed: bool = False
+    text_first: bool | None = None
+
+    def see_cat(self, tensors: Any) -> None:
+        """Learn the order of a mixed sequence from how its two halves are put together."""
+        if not self.mixed or self.text_first is not None or len(tensors) != 2:
+            return
+        lengths = [set(tensor.shape[1:-1]) if tensor.ndim > 2 else set() for tensor in tensors]
+        first, second = (self.text in each for each in lengths)
+        if first != second:
+            self.text_first = first
+
+    def columns(self, keys: int) -> slice:
+        """Return the text's columns among ``keys`` keys."""
+        if not self.mixed:
+            return slice(0, keys)
+        return slice(0, self.text) if self.text_first is not False else slice(keys - self.text, keys)
+
+    def queries(self, queries: int) -> slice:
+        """Return the image's rows among ``queries`` queries."""
+        if not self.mixed:
+            return slice(0, queries)
+        return slice(self.text, queries) if self.text_first is not False else slice(0, queries - self.text)
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether a module is an attention layer of diffusers: it has a processor and a query projection."""
+    return hasattr(module, "processor") and hasattr(module, "to_q")
+
+
+def scope_of(path: str, kwargs: dict[str, Any], args: tuple[Any, ...], outer: dict[str, Any]) -> Scope:
+    """Return the scope of an attention call.
+
+    Args:
+        path: the module's path.
+        kwargs: its keyword arguments.
+        args: its positional arguments.
+        outer: the keyword arguments of the block around it, where single-stream blocks say how long
+            the text is that they have already put in front of the image.
+    """
+    own = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
+    hidden = kwargs.get("hidden_states", args[0] if args else None)
+    length = hidden.shape[1] if isinstance(hidden, torch.Tensor) and hidden.ndim == 3 else 0
+    if isinstance(own, torch.Tensor) and own.ndim == 3:
+        return Scope(path, own.shape[1], mixed=False)
+    text, image = outer.get("encoder_hidden_states"), outer.get("hidden_states")
+    if not isinstance(text, torch.Tensor) or not isinstance(image, torch.Tensor):
+        return Scope(path)
+    joined = text.ndim == image.ndim == 3 and length == text.shape[1] + image.shape[1]
+    return Scope(path, text.shape[1], mixed=True, text_first=True) if joined else Scope(path)
+
+
+def grid(queries: int, width: int, height: int) -> tuple[int, int] | None:
+    """Return the ``(rows, columns)`` that ``queries`` image tokens of a picture of this size form."""
+    rows = max(round((queries * height / width) ** 0.5), 1)
+    for candidate in (rows, rows - 1, rows + 1):
+        if candidate > 0 and queries % candidate == 0:
+            return candidate, queries // candidate
+    return None
