@@ -1,1 +1,1 @@
-
+"""Experiments as data: what was run, run again, and written out as a script."""

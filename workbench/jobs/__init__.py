@@ -1,1 +1,1 @@
-
+"""The thread that owns a model: runs, clicks and Stop, with the kernel free meanwhile."""

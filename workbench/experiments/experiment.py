@@ -1,0 +1,159 @@
+"""`Experiment`: two prompts and what is put from one run into the other, as one piece of data."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
+
+from workbench.errors import InputError
+from workbench.interventions.patch import Patch
+from workbench.models.model import Capture, DiffusionModel
+from workbench.tracing.record import Record
+from workbench.tracing.session import Listener
+from workbench.tracing.sites import Site
+
+
+class PatchSpec(BaseModel):
+    """Which activations go from the source's run into the target's.
+
+    Attributes:
+        site: where.
+        steps: which steps, each a number; None is every step.
+        branch: which guidance branch.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["patch"] = "patch"
+    site: str
+    steps: tuple[int, ...] | None = None
+    branch: str = "all"
+
+    @field_validator("site")
+    @classmethod
+    def _spelled(cls, site: str) -> str:
+        return str(Site.parse(site))
+
+    @field_validator("steps")
+    @classmethod
+    def _some(cls, steps: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if steps is not None and not steps:
+            raise ValueError("an empty choice of steps would do nothing; leave it out for every step")
+        return steps
+
+
+class Experiment(BaseModel):
+    """Two prompts, the settings of both runs, and the patches between them.
+
+    Attributes:
+        format: the version of this format.
+        model: a zoo name, a folder or a Hub id.
+        source: the prompt whose run the activations come from.
+        target: the prompt whose run they go into.
+        seed: noise seed of both.
+        num_inference_steps: steps of both; None is the pipeline's own default.
+        guidance_scale: guidance of both; None is the pipeline's own default.
+        arguments: further pipeline arguments of both.
+        patches: what goes from one run into the other; none is the two plain runs.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal[1] = 1
+    model: str = ""
+    source: str
+    target: str
+    seed: int = 0
+    num_inference_steps: int | None = Field(default=None, ge=1)
+    guidance_scale: float | None = Field(default=None, allow_inf_nan=False)
+    arguments: dict[str, JsonValue] = Field(default_factory=dict)
+    patches: tuple[PatchSpec, ...] = ()
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read an experiment from a JSON file.
+
+        Raises:
+            InputError: the file is no experiment; the message lists what is wrong with it.
+        """
+        try:
+            return cls.model_validate_json(Path(path).read_text())
+        except (OSError, ValidationError, UnicodeDecodeError) as error:
+            raise InputError(f"{path} is no experiment: {error}") from error
+
+    def save(self, path: str | Path) -> Path:
+        """Write the experiment to a JSON file."""
+        written = Path(path)
+        written.write_text(self.model_dump_json(indent=2) + "\n")
+        return written
+
+    def settings(self) -> dict[str, Any]:
+        """Return the pipeline arguments that both runs share."""
+        shared = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
+        return {**{name: value for name, value in shared.items() if value is not None}, **self.arguments}
+
+    def captures(self) -> tuple[str, ...]:
+        """Return the sites the source's run must keep."""
+        return tuple(dict.fromkeys(patch.site for patch in self.patches))
+
+    def patched(self, source: Record) -> list[Patch]:
+        """Return the patches, bound to the source's run."""
+        return [
+            Patch(patch.site, steps=patch.steps, branch=patch.branch, source=source) for patch in self.patches
+        ]
+
+    def first_step(self, steps: int) -> int:
+        """Return the first step that any patch acts on, in runs of ``steps`` steps."""
+        return min((min(s % steps for s in p.steps) if p.steps is not None else 0) for p in self.patches)
+
+    def run(
+        self,
+        model: DiffusionModel | None = None,
+        *,
+        capture: tuple[Capture, ...] = (),
+        listener: Listener | None = None,
+    ) -> Outcome:
+        """Run source, target and, if there are patches, the patched target.
+
+        Args:
+            model: an open model; None opens the one the experiment names.
+            capture: further sites and probes to keep, in source and target.
+            listener: told how the runs go on.
+        """
+        model = DiffusionModel(self.model) if model is None else model
+        settings = {**self.settings(), "seed": self.seed, "listener": listener}
+        source = model.record(self.source, capture=(*self.captures(), *capture), **settings)
+        target = model.record(self.target, capture=(*self.captures(), *capture), **settings)
+        return Outcome(self, source, target, self.patch(source, target, listener=listener))
+
+    def patch(self, source: Record, target: Record, *, listener: Listener | None = None) -> Record | None:
+        """Return the patched run, computed only from the first patched step on."""
+        if not self.patches:
+            return None
+        return target.fork(
+            self.first_step(target.ledger.steps),
+            interventions=self.patched(source),
+            capture=(),
+            listener=listener,
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an experiment's runs left behind; ``patched`` is None where nothing was patched."""
+
+    experiment: Experiment
+    source: Record
+    target: Record
+    patched: Record | None
+
+
+def defaults(model: DiffusionModel) -> dict[str, Any]:
+    """Return the pipeline's own steps and guidance, those it has."""
+    parameters = inspect.signature(model.pipeline.__call__).parameters
+    names = ("num_inference_steps", "guidance_scale")
+    return {name: parameters[name].default for name in names if name in parameters}

@@ -1,0 +1,279 @@
+"""An experiment as a script: against the workbench, or against diffusers and torch alone.
+
+Everything a user typed enters a script through ``repr``, so that a prompt stays a string whatever it holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from workbench import zoo
+from workbench.errors import InputError
+from workbench.experiments.experiment import Experiment, PatchSpec
+from workbench.tracing.ledger import ALL
+from workbench.tracing.record import Record
+from workbench.tracing.sites import Site
+from workbench.tracing.structure import Leaf, leaves
+
+
+def workbench_code(experiment: Experiment) -> str:
+    """Return the experiment as Python against the workbench."""
+    settings = {**experiment.settings(), "seed": experiment.seed}
+    capture = f", capture={list(experiment.captures())!r}" if experiment.patches else ""
+    lines = [
+        "import workbench as wb",
+        "",
+        f"model = wb.DiffusionModel({experiment.model!r})",
+        f"settings = {settings!r}",
+        f"source = model.record({experiment.source!r}{capture}, **settings)",
+        f"target = model.record({experiment.target!r}, **settings)",
+    ]
+    if experiment.patches:
+        lines += [
+            "patched = model.record(",
+            f"    {experiment.target!r},",
+            "    interventions=[",
+            *(f"        {_patch_code(patch)}," for patch in experiment.patches),
+            "    ],",
+            "    **settings,",
+            ")",
+            "patched.images[0]",
+        ]
+    else:
+        lines.append("target.images[0]")
+    return "\n".join(lines) + "\n"
+
+
+def standalone_code(experiment: Experiment, source: Record, target: Record) -> str:
+    """Return the experiment as a script that needs diffusers and torch alone.
+
+    Args:
+        experiment: what to run.
+        source: its source's run, whose ledger says which calls are which.
+        target: its target's run.
+
+    Raises:
+        InputError: the model was built in memory, so a script cannot open it.
+    """
+    parts = [_HEAD, _constants(experiment, source, target)]
+    parts += [_PATCHED if experiment.patches else _PLAIN]
+    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def _patch_code(patch: PatchSpec) -> str:
+    steps = "" if patch.steps is None else f", steps={_steps_code(patch.steps)}"
+    branch = "" if patch.branch == ALL else f", branch={patch.branch!r}"
+    return f"wb.Patch({patch.site!r}, source=source{steps}{branch})"
+
+
+def _steps_code(steps: Sequence[int]) -> str:
+    first, last = steps[0], steps[-1]
+    contiguous = list(steps) == list(range(first, last + 1))
+    return f"range({first}, {last + 1})" if contiguous and len(steps) > 1 else repr(list(steps))
+
+
+def _model_code(experiment: Experiment) -> str:
+    if not experiment.model:
+        raise InputError(
+            "This model was made in memory, so a script could not open it. Save it with "
+            "model.pipeline.save_pretrained(folder) and open that folder."
+        )
+    if experiment.model in zoo.models():
+        return repr(str(zoo.path(experiment.model)))
+    folder = Path(experiment.model).expanduser()
+    return repr(str(folder.resolve()) if folder.is_dir() else experiment.model)
+
+
+def _constants(experiment: Experiment, source: Record, target: Record) -> str:
+    lines = [
+        f"MODEL = {_model_code(experiment)}",
+        f"SOURCE = {experiment.source!r}",
+        f"TARGET = {experiment.target!r}",
+        f"SETTINGS = {experiment.settings()!r}",
+        f"SEED = {experiment.seed!r}",
+    ]
+    if experiment.patches:
+        lines += [
+            "",
+            '# Each patch: the module, the part of what it returns (or "input"), and which denoiser calls of',
+            "# the target get which call of the source, with the rows of the batch as (branch, of branches).",
+            "PATCHES = [",
+            *(f"    {_patch_plan(patch, source, target)}," for patch in experiment.patches),
+            "]",
+            f"DENOISERS = {sorted({row.component for row in (*source.ledger, *target.ledger)})!r}",
+        ]
+    return "\n".join(lines)
+
+
+def _patch_plan(patch: PatchSpec, source: Record, target: Record) -> str:
+    site = Site.parse(patch.site)
+    chosen = (
+        range(target.ledger.steps) if patch.steps is None else [s % target.ledger.steps for s in patch.steps]
+    )
+    calls: dict[int, tuple[int, list[tuple[int, int, int, int]]]] = {}
+    for row in target.ledger:
+        branches = row.branches if patch.branch == ALL else [b for b in row.branches if b == patch.branch]
+        if row.step not in chosen or not branches:
+            continue
+        rows = []
+        for branch in branches:
+            alike = list(target.ledger.at(row.step, branch))
+            given = source.ledger.at(row.step, branch)[[each.call for each in alike].index(row.call)]
+            rows.append(
+                (
+                    row.branches.index(branch),
+                    len(row.branches),
+                    given.branches.index(branch),
+                    len(given.branches),
+                )
+            )
+        calls[row.call] = (given.call, rows)
+    return repr((site.path, site.port, _leaf(site, source), calls))
+
+
+def _leaf(site: Site, source: Record) -> Leaf:
+    """Return where in the value the tensor is, spelled out also where the site leaves it to us."""
+    if site.leaf:
+        return site.leaf
+    found = list(leaves(source.passages(site)[0].value))
+    return found[0][0] if len(found) == 1 else ()
+
+
+_HEAD = '''
+"""An activation patch between two prompts, exported by Diffusion Workbench.
+
+Needs diffusers and torch alone. Run it: python SCRIPT [--model FOLDER_OR_HUB_ID] [--out IMAGE.png]
+"""
+
+import argparse
+
+import torch
+from diffusers import DiffusionPipeline
+'''
+
+_OPEN = '''
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--model", default=MODEL, help="folder or Hub id of the pipeline")
+parser.add_argument("--out", default="patched.png", help="where the image goes")
+options = parser.parse_args()
+
+pipeline = DiffusionPipeline.from_pretrained(options.model)
+
+
+def generate(prompt):
+    """Run the pipeline with the experiment's settings and noise."""
+    generator = torch.Generator("cpu").manual_seed(SEED)
+    return pipeline(prompt, generator=generator, **SETTINGS).images[0]
+'''
+
+_PLAIN = (
+    _OPEN
+    + """
+
+generate(TARGET).save(options.out)
+"""
+)
+
+_PATCHED = (
+    _OPEN
+    + '''
+
+class Calls:
+    """Counts the denoiser's calls, the clock that the patches are written against."""
+
+    now = None
+    made = 0
+
+    def enter(self, module, inputs):
+        self.now = self.made
+        self.made += 1
+
+    def leave(self, module, inputs, output):
+        self.now = None
+
+
+def pick(value, leaf):
+    """Return the part of a module's value that a patch is about."""
+    for key in leaf:
+        value = value[key]
+    return value
+
+
+def put(value, leaf, new):
+    """Return the value with that part replaced."""
+    if not leaf:
+        return new
+    changed = put(value[leaf[0]], leaf[1:], new)
+    if isinstance(value, (tuple, list)):
+        return type(value)(changed if i == leaf[0] else each for i, each in enumerate(value))
+    return type(value)(**{**value, leaf[0]: changed})
+
+
+def rows(tensor, index, count):
+    """Return one guidance branch's rows of a batch that holds several, one after the other."""
+    width = tensor.shape[0] // count
+    return slice(index * width, (index + 1) * width)
+
+
+def hook(module, port, seen):
+    """Let ``seen`` look at, and perhaps replace, a module's input or output at each call."""
+    if port == "output":
+        return module.register_forward_hook(lambda module, inputs, output: seen(output))
+
+    def first(module, inputs, named):
+        if inputs:
+            return (seen(inputs[0]), *inputs[1:]), named
+        name = next(iter(named))
+        return inputs, {**named, name: seen(named[name])}
+
+    return module.register_forward_pre_hook(first, with_kwargs=True)
+
+
+def run(prompt, look):
+    """Generate with ``look(patch number, call, value)`` at every patched module."""
+    calls = Calls()
+    hooks = []
+    for name in DENOISERS:
+        denoiser = getattr(pipeline, name)
+        hooks.append(denoiser.register_forward_pre_hook(calls.enter))
+    for number, (path, port, leaf, plan) in enumerate(PATCHES):
+        name, _, rest = path.partition(".")
+        module = getattr(pipeline, name).get_submodule(rest)
+        hooks.append(hook(module, port, lambda value, number=number: look(number, calls.now, value)))
+    for name in DENOISERS:
+        hooks.append(getattr(pipeline, name).register_forward_hook(calls.leave))
+    try:
+        return generate(prompt)
+    finally:
+        for each in hooks:
+            each.remove()
+
+
+kept = {}
+
+
+def keep(number, call, value):
+    """In the source's run: keep what the patches will need."""
+    path, port, leaf, plan = PATCHES[number]
+    if call in {given for given, _ in plan.values()}:
+        kept[number, call] = pick(value, leaf).clone()
+    return value
+
+
+def patch(number, call, value):
+    """In the target's run: put the source's activation in."""
+    path, port, leaf, plan = PATCHES[number]
+    if call not in plan:
+        return value
+    given, branches = plan[call]
+    changed, source = pick(value, leaf).clone(), kept[number, given]
+    for index, count, source_index, source_count in branches:
+        changed[rows(changed, index, count)] = source[rows(source, source_index, source_count)]
+    return put(value, leaf, changed)
+
+
+run(SOURCE, keep)
+run(TARGET, patch).save(options.out)
+'''
+)
