@@ -67,6 +67,7 @@ def _state(element: Element) -> dict[str, Any]:
     buffers: list[tuple[list[str | int], str]] = []
     names = [name for name in element.trait_names(sync=True) if not name.startswith("_") and name != "layout"]
     state = {name: _apart(getattr(element, name), [name], buffers) for name in sorted(names)}
+    state["_saved"] = True
     return {"bundle": element._bundle, "width": element._page_width, "state": state, "buffers": buffers}
 
 

@@ -25,7 +25,7 @@ function build(panel: Panel<State>): void {
   const view = h("div", { class: "code-view", tabindex: "0", role: "region", "aria-label": "Python code" }, lines, h("pre", { class: "code-pre wb-mono" }, code));
   const nothing = empty("No code yet", "Run, or click a cell, and the code that does the same appears here.");
   root.append(
-    h("header", { class: "wb-head" }, h("span", { class: "wb-title" }, "Code"), filename, h("span", { class: "wb-space" }), status, formats, run, copy),
+    h("header", { class: "wb-head" }, h("span", { class: "wb-title" }, "Code"), filename, h("div", { class: "wb-end" }, status, formats, run, copy)),
     nothing, view,
   );
 

@@ -74,7 +74,7 @@ function build(panel: Panel<State>): void {
     h("header", { class: "wb-head controls-head" },
       h("div", { class: "controls-name" }, name, scheduler),
       h("div", { class: "controls-numbers" }, ...fields),
-      complaint, h("span", { class: "wb-space" }), state, run, stop),
+      complaint, h("div", { class: "wb-end" }, state, run, stop)),
     track,
     h("div", { class: "controls-body" }, preview, h("div", { class: "controls-prompts" }, source, target)),
     error,
@@ -109,7 +109,8 @@ function build(panel: Panel<State>): void {
     });
     panel.watch([key], () => {
       if (document.activeElement === input && Number(input.value) === model.get(key)) return;
-      input.value = String(model.get(key));
+      const value = model.get(key);
+      input.value = !rule.whole && Number.isInteger(value) ? value.toFixed(1) : String(value);
       input.setAttribute("aria-invalid", "false");
       refused.delete(key);
     });

@@ -88,7 +88,7 @@ function zoomDialog(): Zoom {
   const size = h("span", { class: "wb-muted" });
   const place = h("div", { class: "zoom-place" });
   const element = h("dialog", { class: "zoom", "aria-label": "Enlarged image" });
-  element.append(h("header", { class: "zoom-head" }, title, size, h("span", { class: "wb-space" }), iconButton("close", "Close", () => element.close())), place);
+  element.append(h("header", { class: "zoom-head" }, title, size, h("div", { class: "wb-end" }, iconButton("close", "Close", () => element.close()))), place);
   let list: { card: Card; picture: HTMLCanvasElement }[] = [];
   let here = 0;
 

@@ -71,7 +71,7 @@ async function main(): Promise<void> {
     document.getElementById("wb-page")!.append(line);
     for (const { bundle, state, buffers } of row) {
       putBuffers(state, buffers);
-      const model = new SavedModel({ ...state, _saved: true });
+      const model = new SavedModel(state);
       const el = document.createElement("div");
       line.append(el);
       modules.get(bundle)!.default.render({ model, el, signal: new AbortController().signal });

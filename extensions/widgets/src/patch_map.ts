@@ -28,7 +28,10 @@ interface State extends ElementState {
   target_label: string;
 }
 
-const CELL_HEIGHT = 20;
+const LEAST_HEIGHT = 20;
+const MOST_HEIGHT = 32;
+/** Axis and padding: what of the plot's height is not cells. */
+const NOT_CELLS = 36;
 
 function build(panel: Panel<State>): void {
   const { root, model, signal } = panel;
@@ -55,15 +58,15 @@ function build(panel: Panel<State>): void {
   const high = h("span");
   const floorTick = h("i", { class: "map-tick" });
   const floorText = h("span", { class: "wb-muted" });
-  const ramp = h("div", { class: "map-ramp" }, floorTick);
-  const metric = h("span", { class: "wb-muted" });
-  const foot = h("footer", { class: "map-foot" }, readout, h("span", { class: "wb-space" }), h("div", { class: "map-legend" }, metric, low, ramp, high, floorText));
+  const mirrorTick = h("i", { class: "map-tick" });
+  const ramp = h("div", { class: "map-ramp" }, floorTick, mirrorTick);
+  const foot = h("footer", { class: "map-foot" }, readout, h("div", { class: "wb-end map-legend" }, low, ramp, high, floorText));
   const nothing = empty("No sites", "Load a model and run source and target to patch between them.");
   const scroll = h("div", { class: "map-scroll" }, plot);
   root.append(
     h("header", { class: "wb-head" },
-      h("span", { class: "wb-title" }, "Patch map"), labels, h("span", { class: "wb-space" }),
-      h("div", { class: "map-window" }, h("span", { class: "wb-muted" }, "steps"), windows.element), progress, fill, stop),
+      h("span", { class: "wb-title" }, "Patch map"), labels,
+      h("div", { class: "wb-end" }, h("div", { class: "map-window" }, h("span", { class: "wb-muted" }, "steps"), windows.element), progress, fill, stop)),
     nothing, scroll, foot, tip,
   );
 
@@ -71,8 +74,15 @@ function build(panel: Panel<State>): void {
 
   function geometry(): Geometry {
     const columns = model.get("steps");
-    const room = grid.clientWidth;
-    return { rows: model.get("sites").length, columns, cellWidth: Math.max(8, Math.min(40, Math.floor(room / Math.max(1, columns)))), cellHeight: CELL_HEIGHT };
+    const rows = model.get("sites").length;
+    const wide = Math.floor(grid.clientWidth / Math.max(1, columns));
+    const tall = Math.floor((scroll.clientHeight - NOT_CELLS) / Math.max(1, rows));
+    return {
+      rows,
+      columns,
+      cellWidth: Math.max(8, Math.min(40, wide)),
+      cellHeight: Math.max(LEAST_HEIGHT, Math.min(MOST_HEIGHT, tall)),
+    };
   }
 
   function scale(): Scale {
@@ -92,6 +102,7 @@ function build(panel: Panel<State>): void {
   function drawAll(): void {
     const g = geometry();
     const pens = ink();
+    siteList.style.setProperty("--cell", `${g.cellHeight}px`);
     const context = drawCells(canvas, g, values, scale(), pens);
     canvas.style.width = `${g.columns * g.cellWidth}px`;
     canvas.style.height = `${g.rows * g.cellHeight}px`;
@@ -245,9 +256,10 @@ function build(panel: Panel<State>): void {
     stop.hidden = !running;
     setText(progress, running && of ? `${done} of ${of}` : "");
   });
-  panel.watch(["source_label", "target_label"], () => {
+  panel.watch(["source_label", "target_label", "metric"], () => {
     const [source, target] = [model.get("source_label"), model.get("target_label")];
-    setText(labels, source || target ? `${source} → ${target}` : "");
+    const between = source || target ? `${source} → ${target}` : "";
+    setText(labels, [model.get("metric"), between].filter(Boolean).join(" · "));
     labels.title = labels.textContent ?? "";
   });
   panel.watch(["values", "metric", "noise_floor", "limit", "signed"], showLegend);
@@ -263,18 +275,19 @@ function build(panel: Panel<State>): void {
   function showLegend(): void {
     const current = scale();
     ramp.style.backgroundImage = gradient(current.colours);
-    setText(metric, model.get("metric") ?? "");
     setText(low, current.signed ? `−${significant(current.limit)}` : "0");
     setText(high, significant(current.limit));
     const floor = model.get("noise_floor");
     const known = floor !== null && floor !== undefined;
     floorTick.hidden = !known;
-    setText(floorText, known ? `noise floor ${significant(floor)}` : "");
-    if (known) floorTick.style.left = `${100 * position(floor, current)}%`;
+    mirrorTick.hidden = !known || !current.signed;
+    setText(floorText, known ? `noise floor ${current.signed ? "±" : ""}${significant(floor)}` : "");
+    floorTick.style.left = `${100 * position(floor ?? 0, current)}%`;
+    mirrorTick.style.left = `${100 * position(-(floor ?? 0), current)}%`;
     draw();
   }
   onTheme(showLegend, signal);
-  onResize(grid, draw, signal);
+  onResize(root, draw, signal);
 }
 
 export default widget<State>("patch-map", "Patch map", css, build);

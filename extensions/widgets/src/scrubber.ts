@@ -70,7 +70,7 @@ function build(panel: Panel<State>): () => void {
   const overlay = h("div", { class: "scrub-overlay" }, layers, h("label", { class: "scrub-blend" }, h("span", { class: "wb-muted" }, "blend"), range), legend, hint);
   const body = h("div", { class: "scrub-body" }, time.element, stage, broken, chips.element, overlay);
   root.append(
-    h("header", { class: "wb-head" }, h("span", { class: "wb-title" }, "Steps"), kinds.element, h("span", { class: "wb-space" }), readout),
+    h("header", { class: "wb-head" }, h("span", { class: "wb-title" }, "Steps"), kinds.element, h("div", { class: "wb-end" }, readout)),
     nothing, body,
   );
 
@@ -160,7 +160,7 @@ function build(panel: Panel<State>): () => void {
     overlay.hidden = tokens.length === 0;
     layers.hidden = maps === null;
     legend.hidden = range.parentElement!.hidden = !on;
-    setText(hint, on ? "" : maps ? "click a word to see where it is looked at from" : "no attention was captured");
+    setText(hint, on ? "" : maps ? "click a word to overlay its attention, shift-click to add more" : "no attention was captured");
     if (on) setText(top, significant(maps!.top(model.get("layer"), chosen)));
     draw();
   }

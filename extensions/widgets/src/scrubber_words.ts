@@ -23,7 +23,7 @@ export function words(choose: (tokens: number[]) => void): Words {
   }
 
   function chip(token: Token): HTMLButtonElement {
-    const text = token.text.replace(/<\/w>$/, "").trim() || "␣";
+    const text = token.text.replace(/<\/w>$/, "").replace(/^[▁Ġ]/, "").trim() || "␣";
     const button = h("button", { type: "button", class: "word", "data-index": token.index, title: `token ${token.index}; shift-click adds it to the others` }, text);
     button.addEventListener("click", (event) => press(token, event.shiftKey));
     return button;

@@ -39,7 +39,7 @@ function build(panel: Panel<State>): void {
   const none = empty("No match", "Filter by part of a path or a class.");
   const detail = h("footer", { class: "tree-detail", hidden: true });
   root.append(
-    h("header", { class: "wb-head" }, h("span", { class: "wb-title" }, "Components"), h("span", { class: "wb-space" }), total),
+    h("header", { class: "wb-head" }, h("span", { class: "wb-title" }, "Components"), h("div", { class: "wb-end" }, total)),
     h("div", { class: "tree-search" }, glyph("search"), search, found),
     scroll, nothing, none, detail,
   );
@@ -117,9 +117,10 @@ function build(panel: Panel<State>): void {
     detail.hidden = !node;
     if (!node) return;
     const code = accessCode(model.get("variable"), node.path);
-    const facts = [node.cls, node.parameters ? `${count(node.parameters)} parameters` : "", [node.dtype, node.device].filter(Boolean).join(" · ")];
+    const facts = [node.parameters ? `${count(node.parameters)} parameters` : "", node.dtype, node.device];
     detail.replaceChildren(
       h("div", { class: "tree-code" }, h("code", { class: "wb-mono", title: code }, code), copyButton("Copy code", () => code, panel.announce)),
+      h("div", { title: node.cls }, node.cls),
       h("div", { class: "wb-muted" }, facts.filter(Boolean).join(" · ")),
     );
     if (node.shape) detail.append(h("div", { class: "wb-muted" }, "output ", h("span", { class: "wb-mono" }, node.shape)));

@@ -99,7 +99,7 @@ export class Tree {
       ancestors.push(i);
     });
     const shown = [...keep].sort((a, b) => a - b);
-    return { rows: shown.map((i) => this.row(i, keep.has(i + 1) && this.hasChildren(i))), matches };
+    return { rows: shown.map((i, n) => this.row(i, (shown[n + 1] ?? Infinity) < this.ends[i]!)), matches };
   }
 
   /** Unfolds every ancestor of a path. */

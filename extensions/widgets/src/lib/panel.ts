@@ -49,7 +49,7 @@ function mount<T extends ElementState>(
     watch: (names, update) => watch(model, names, update, gone.signal),
     announce: (text) => setText(live, text),
   };
-  el.style.height = "100%";
+  el.classList.add("wb-host");
   el.append(h("style", {}, theme + css), root);
   keepKeys(root);
   const dispose = build(panel);
