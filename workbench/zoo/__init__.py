@@ -34,3 +34,9 @@ def path(name: str) -> Path:
     if name not in models():
         raise UnknownNameError(f"The zoo has no model {name!r}.{nearest(name, models())}")
     return _WEIGHTS / name
+
+
+def settings(name: str) -> dict[str, float]:
+    """The steps and guidance scale that a model was measured with."""
+    path(name)
+    return {"num_inference_steps": 20, "guidance_scale": 3.0}

@@ -142,7 +142,14 @@ def draw_batch(
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
     latents = pool.latents[torch.from_numpy(chosen)]
     noise = torch.randn(latents.shape, generator=generator)
-    return Batch(ids, latents, noise, torch.randint(1000, (size,), generator=generator))
+    return Batch(ids, latents, noise, draw_timesteps(size, generator))
+
+
+def draw_timesteps(size: int, generator: torch.Generator) -> Tensor:
+    """Draw timesteps, (size,): half of them anywhere, half where colour and shape are decided."""
+    anywhere = torch.randint(1000, (size,), generator=generator)
+    deciding = torch.randint(450, 950, (size,), generator=generator)
+    return torch.where(torch.arange(size) % 2 == 0, anywhere, deciding)
 
 
 def denoising_loss(
