@@ -1,0 +1,1 @@
+"""Tests of the workbench; a package, so that `python -m tests.benchmarks` is ours whatever is installed."""

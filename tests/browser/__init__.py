@@ -1,0 +1,1 @@
+"""Drives JupyterLab in Chromium; see conftest.py for the fixtures."""
