@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,10 +16,9 @@ from workbench.models.loading import load
 from workbench.models.proxy import ModuleProxy
 from workbench.tracing.record import Record, RunSpec
 from workbench.tracing.replay import Replay
-from workbench.tracing.seeds import Seed, generators
+from workbench.tracing.seeds import Seed, generators, normal
 from workbench.tracing.session import Listener, Probe, Session
 from workbench.tracing.sites import Site, resolve
-from workbench.tracing.structure import describe
 from workbench.tracing.system import System
 from workbench.tracing.trace import Trace
 
@@ -33,6 +31,9 @@ class DiffusionModel:
     Args:
         model: a zoo name (``"shapes-unet"``), a folder, a Hub id, or a live ``DiffusionPipeline``.
         **options: passed to ``DiffusionPipeline.from_pretrained``.
+
+    Attributes:
+        shapes: what each module returned when it was last watched, as text by path.
 
     Raises:
         LoadError, UnknownNameError, InputError: the model cannot be opened; the message says why.
@@ -48,9 +49,9 @@ class DiffusionModel:
 
     def __init__(self, model: Any, **options: Any) -> None:
         self._pipeline, self._reference = load(model, **options)
-        self._running = threading.Lock()
+        self._running: dict[str, object] = {}
         self._trace: Trace | None = None
-        self._shapes: dict[str, str] = {}
+        self.shapes: dict[str, str] = {}
         for component in self._pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.eval()
@@ -88,14 +89,8 @@ class DiffusionModel:
             **arguments: the pipeline's own.
         """
         spec, call, rows = self._plan(prompt, seed, arguments)
-        self._occupy()
-        try:
-            session = Session(self._system(), call, spec, rows=rows)
-            self._trace = Trace(session, release=self._leave, finish=self._finish)
-        except BaseException:
-            self._leave()
-            raise
-        return self._trace
+        session = Session(self._system(), call, spec, rows=rows)
+        return Trace(session, begin=self._begin, release=self._leave, finish=self._finish)
 
     def trace(self, prompt: Any = None, *, seed: Seed = None, **arguments: Any) -> Trace:
         """Open a traced run of one step, unless ``num_inference_steps`` says otherwise."""
@@ -143,30 +138,37 @@ class DiffusionModel:
         listener: Listener | None,
         replay: Replay | None,
     ) -> Record:
+        if isinstance(capture, (str, Site)):
+            raise InputError(f"capture takes a list of sites: capture=[{str(capture)!r}].")
         sites = [Site.parse(each) for each in capture if isinstance(each, (str, Site))]
         probes = [each for each in capture if not isinstance(each, (str, Site))]
+        if isinstance(interventions, Intervention):
+            raise InputError("interventions takes a list: interventions=[wb.Patch(…)].")
         edits = list(interventions)
         for each in edits:
             if not isinstance(each, Intervention):
                 raise InputError(f"{each!r} is not an intervention. Give wb.Patch(…) or another of them.")
         spec = spec.model_copy(update={"capture": tuple(map(str, sites)), "interventions": tuple(edits)})
-        self._occupy()
+        session = Session(
+            self._system(),
+            call,
+            spec,
+            rows=rows,
+            edits=edits,
+            capture=sites,
+            probes=probes,
+            replay=replay,
+            listener=listener,
+        )
         try:
-            session = Session(
-                self._system(),
-                call,
-                spec,
-                rows=rows,
-                edits=edits,
-                capture=sites,
-                probes=probes,
-                replay=replay,
-                listener=listener,
-            )
-            with _global_noise(replay):
-                record = session.run()
+            try:
+                self._occupy(session)
+                with _global_noise(replay):
+                    record = session.run()
+            finally:
+                self._leave(session)
         finally:
-            self._leave()
+            self._leave(session)
         self._finish(record)
         return record
 
@@ -196,29 +198,31 @@ class DiffusionModel:
             if "generator" in call:
                 raise InputError("Give a seed or a generator, not both.")
             call["generator"] = generators(seed, prompts=prompts, images=images)
-        kept_seed = seed if seed is None or isinstance(seed, int) else tuple(seed)
-        return RunSpec(model=self._reference, arguments=given, seed=kept_seed), call, prompts * images
+        spec = RunSpec(model=self._reference, arguments=given, seed=normal(seed))
+        return spec, call, prompts * images
 
     def _system(self) -> System:
         return System(self.components, self._pipeline)
 
     def _finish(self, record: Record) -> None:
         record.again = self._fork
-        for site, passages in record.captured.items():
-            if passages and ":" not in site:
-                self._shapes[site] = describe(passages[0].value)
 
-    def _occupy(self) -> None:
-        if not self._running.acquire(blocking=False):
+    def _begin(self, trace: Trace) -> None:
+        self._occupy(trace)
+        self._trace = trace
+
+    def _occupy(self, run: object) -> None:
+        # Unlike a lock, a dict says whose the run is: an interrupt at any opcode can be tidied up after.
+        if self._running.setdefault("run", run) is not run:
             raise BusyError(
                 "This model is already running. Wait for that run to end or stop it; two runs of one model "
                 "would mix their values."
             )
 
-    def _leave(self) -> None:
-        self._trace = None
-        if self._running.locked():
-            self._running.release()
+    def _leave(self, run: object) -> None:
+        if self._running.get("run") is run:
+            self._trace = None
+            del self._running["run"]
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from workbench.errors import InputError, OutOfOrderError, UnknownNameError, nearest
 from workbench.tracing.ledger import ALL, Ledger, Row
 from workbench.tracing.sites import Site
-from workbench.tracing.structure import pick
+from workbench.tracing.structure import Leaf, pick
 
 
 class RunSpec(BaseModel):
@@ -112,7 +112,8 @@ class Record:
             UnknownNameError: the site was not captured.
             InputError: the values differ in shape from call to call; use `at`.
         """
-        values = [pick(each.value, Site.parse(site).leaf, site=str(site)) for each in self.passages(site)]
+        passages, leaf = self._kept(site)
+        values = [pick(each.value, leaf, site=str(site)) for each in passages]
         if len({tuple(value.shape) for value in values}) > 1:
             raise InputError(
                 f"The values at {site} differ in shape from call to call; read one: at({str(site)!r}, step=…)"
@@ -120,15 +121,13 @@ class Record:
         return torch.stack(values)
 
     def passages(self, site: str | Site) -> list[Passage]:
-        """Return every passage of a captured site, in order."""
-        wanted = Site.parse(site)
-        for name in (str(wanted), str(Site(wanted.path, wanted.port))):
-            if name in self.captured:
-                return self.captured[name]
-        raise UnknownNameError(
-            f"{wanted} was not captured in this run.{nearest(str(wanted), self.captured)} "
-            f"Record it: record(..., capture=[{str(wanted)!r}])."
-        )
+        """Return every passage of a captured site, in order.
+
+        Raises:
+            UnknownNameError: the site was not captured.
+            OutOfOrderError: it was, but no value passed there.
+        """
+        return self._kept(site)[0]
 
     def at(self, site: str | Site, *, step: int, branch: str = ALL, nth: int = 0) -> torch.Tensor:
         """Return a captured value at one step.
@@ -151,13 +150,13 @@ class Record:
                 f"Step {step} has {len(rows)} calls of branch {branch!r}; there is no {nth}."
             )
         row: Row = rows[nth]
-        wanted = Site.parse(site)
-        for passage in self.passages(wanted):
+        passages, leaf = self._kept(site)
+        for passage in passages:
             if passage.call == row.call:
-                value = pick(passage.value, wanted.leaf, site=str(wanted))
+                value = pick(passage.value, leaf, site=str(site))
                 part: torch.Tensor = value[row.rows(branch, value.shape[0])]
                 return part
-        raise OutOfOrderError(f"{wanted} did not pass in step {step} (call {row.call}) of this run.")
+        raise OutOfOrderError(f"{site} did not pass in step {step} (call {row.call}) of this run.")
 
     def step_latents(self, step: int) -> torch.Tensor:
         """Return the latents a step leaves, ``(batch, channels, ...)``."""
@@ -179,6 +178,20 @@ class Record:
         if not -self.ledger.steps <= step <= self.ledger.steps:
             raise InputError(f"The run has {self.ledger.steps} steps; it cannot fork at step {step}.")
         return self.again(self, step % self.ledger.steps if step < 0 else step, changes)
+
+    def _kept(self, site: str | Site) -> tuple[list[Passage], Leaf]:
+        """Return a site's passages, and the selector still to be applied to them."""
+        wanted = Site.parse(site)
+        whole = Site(wanted.path, wanted.port)
+        name, leaf = (str(wanted), ()) if str(wanted) in self.captured else (str(whole), wanted.leaf)
+        if name not in self.captured:
+            raise UnknownNameError(
+                f"{wanted} was not captured in this run.{nearest(str(wanted), self.captured)} "
+                f"Record it: record(..., capture=[{str(wanted)!r}])."
+            )
+        if not self.captured[name]:
+            raise OutOfOrderError(f"{wanted} never passed in this run: its module was not called.")
+        return self.captured[name], leaf
 
     def _stack(self, name: str) -> torch.Tensor:
         return torch.stack([value for tick in self.ticks if (value := tick[name]) is not None])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -25,11 +27,13 @@ def generators(seed: Seed, *, prompts: int, images: int) -> torch.Generator | li
     Raises:
         InputError: seeds that are no integers, or not one a sample.
     """
-    if seed is None:
+    given = normal(seed)
+    if given is None:
         return None
-    seeds = [seed + image for _ in range(prompts) for image in range(images)] if _is_int(seed) else list(seed)  # type: ignore[operator, arg-type]
-    if not all(_is_int(each) for each in seeds):
-        raise InputError(f"seed={seed!r} is not a whole number or a list of them.")
+    if isinstance(given, int):
+        seeds = [given + image for _ in range(prompts) for image in range(images)]
+    else:
+        seeds = list(given)
     if len(seeds) != prompts * images:
         raise InputError(
             f"{len(seeds)} seeds for {prompts * images} samples; give one, or one for each sample."
@@ -38,5 +42,24 @@ def generators(seed: Seed, *, prompts: int, images: int) -> torch.Generator | li
     return made[0] if len(made) == 1 else made
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def normal(seed: Seed) -> int | tuple[int, ...] | None:
+    """Return a seed as a plain integer, or seeds as a tuple of them.
+
+    Raises:
+        InputError: something that is neither, or a number that does not fit 63 bits.
+    """
+    if seed is None:
+        return None
+    try:
+        return tuple(_whole(each) for each in seed) if isinstance(seed, Sequence) else _whole(seed)
+    except TypeError:
+        raise InputError(f"seed={seed!r} is not a whole number or a list of them.") from None
+
+
+def _whole(seed: Any) -> int:
+    number = operator.index(seed)
+    if isinstance(seed, bool):
+        raise TypeError
+    if not -(2**63) <= number < 2**63:
+        raise InputError(f"seed={seed!r} is too large; a generator takes 63 bits.")
+    return number

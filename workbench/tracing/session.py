@@ -125,6 +125,7 @@ class Session:
         places = {site: resolve(self.system.components, site.path) for site in self._places()}
         check(self.system.components, places)
         self.record.rng_state = torch.get_rng_state()
+        self.record.captured = {str(site): [] for site in self.capture}
         self.clock.finished.append(self._finish)
         self.clock.ticked.append(self._tick)
         self.clock.attach(self.rig)
@@ -164,9 +165,7 @@ class Session:
     def _keep(self, site: Site, value: Any) -> None:
         part = pick(value, site.leaf, site=str(site)) if site.leaf else value
         row = self.clock.row
-        self.record.captured.setdefault(str(site), []).append(
-            Passage(None if row is None else row.call, keep(part))
-        )
+        self.record.captured[str(site)].append(Passage(None if row is None else row.call, keep(part)))
 
     def _finish(self, _: Row, output: Any) -> None:
         self.record.calls.append(keep(output))

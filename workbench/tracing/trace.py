@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextvars import copy_context
 from dataclasses import dataclass
 from itertools import pairwise
 from types import TracebackType
@@ -13,6 +14,7 @@ from torch import nn
 
 from workbench.errors import InputError, OutOfOrderError, TraceError
 from workbench.tracing.ambient import Ambient
+from workbench.tracing.guards import check
 from workbench.tracing.ledger import Row
 from workbench.tracing.reads import plain, read
 from workbench.tracing.record import Record
@@ -39,9 +41,15 @@ class Trace:
     """
 
     def __init__(
-        self, session: Session, *, release: Callable[[], None], finish: Callable[[Record], None]
+        self,
+        session: Session,
+        *,
+        begin: Callable[[Trace], None],
+        release: Callable[[Trace], None],
+        finish: Callable[[Record], None],
     ) -> None:
         self._session = session
+        self._begin = begin
         self._release = release
         self._finish = finish
         self._coroutine: greenlet.greenlet | None = None
@@ -56,25 +64,41 @@ class Trace:
         self._open_paths: set[str] = set()
 
     def __enter__(self) -> Self:
-        self._session.clock.started.append(self._call_starts)
-        self._coroutine = greenlet.greenlet(self._session.run)
-        return self
+        if self._coroutine is not None:
+            raise TraceError("A run happens once. Call model.generate(…) again for another.")
+        try:
+            self._begin(self)
+            self._session.clock.started.append(self._call_starts)
+            self._coroutine = greenlet.greenlet(self._session.run)
+            # A greenlet starts without context variables; the pipeline's output must find the cell's.
+            self._coroutine.gr_context = copy_context()
+            return self
+        except BaseException:
+            self._take_off()
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
             try:
-                if kind is None:
-                    self._step, self._catch = None, None
-                    while not self._done:
-                        self._resume()
-                    self._finish(self._session.record)
+                try:
+                    if kind is None:
+                        self._step, self._catch = None, None
+                        while not self._done:
+                            self._resume()
+                        self._finish(self._session.record)
+                finally:
+                    self._end()
             finally:
-                self._end()
+                self._take_off()
         finally:
-            self._session.rig.sweep()
-            self._release()
+            self._take_off()
+
+    def _take_off(self) -> None:
+        """Leave nothing of this run on the model; called twice, for an interrupt in the first."""
+        self._session.rig.sweep()
+        self._release(self)
 
     @property
     def record(self) -> Record:
@@ -159,7 +183,9 @@ class Trace:
         return self._session.clock.total_steps or self._session.record.ledger.steps
 
     def _run_to(self, place: Site) -> None:
-        module = resolve(self._session.system.components, place.path)
+        components = self._session.system.components
+        module = resolve(components, place.path)
+        check(components, {place: module})
         hook = self._hook_once(place, module)
         try:
             self._resume()
