@@ -35,7 +35,13 @@ class Patch(Intervention):
                 f"source={type(self.source).__name__} is no record. Make one: "
                 f"source = model.record(prompt, capture=[{self.site!r}])"
             )
-        self.source.passages(self.site)
+        if all(passage.call is None for passage in self.source.passages(self.site)):
+            raise InputError(
+                f"{self.site} passes outside the steps, where a patch by step cannot reach it. "
+                "Replace its value in a block: with model.generate(prompt) as run: …"
+            )
+        for step in self.steps if isinstance(self.steps, tuple) else ():
+            self.source.ledger.at(step)
         self.source.ledger.check_branch(self.branch)
 
     def new_value(self, site: Site, value: torch.Tensor, row: Row, branch: str) -> torch.Tensor:

@@ -8,6 +8,8 @@ from typing import Any
 
 from workbench.errors import InputError, UnknownNameError, nearest
 
+_LEGACY = ("callback", "callback_steps", "prior_callback", "prior_callback_steps")
+
 
 def check(pipeline: Any, arguments: Mapping[str, Any]) -> None:
     """Refuse arguments the pipeline does not take, and prompts it cannot use.
@@ -16,12 +18,16 @@ def check(pipeline: Any, arguments: Mapping[str, Any]) -> None:
         UnknownNameError: an argument the pipeline does not have.
         InputError: an empty prompt, or one that is no text; steps that are no positive number.
     """
-    known = inspect.signature(pipeline.__call__).parameters
-    if not any(each.kind is inspect.Parameter.VAR_KEYWORD for each in known.values()):
+    known = {
+        name: each
+        for name, each in inspect.signature(pipeline.__call__).parameters.items()
+        if each.kind is not inspect.Parameter.VAR_KEYWORD
+    }
+    if not _takes_others(pipeline):
         for name in arguments:
-            if name not in known:
+            if name not in known and name not in _LEGACY:
                 raise UnknownNameError(f"{type(pipeline).__name__} takes no {name!r}.{nearest(name, known)}")
-    _check_prompt(pipeline, arguments)
+    _check_prompt(pipeline, arguments, known)
     steps = arguments.get("num_inference_steps")
     if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
         raise InputError(f"num_inference_steps={steps!r} is not a whole number of at least 1.")
@@ -48,8 +54,25 @@ def count_images(arguments: Mapping[str, Any]) -> int:
     )
 
 
-def _check_prompt(pipeline: Any, arguments: Mapping[str, Any]) -> None:
+def _takes_others(pipeline: Any) -> bool:
+    """Whether names beyond the signature may mean something.
+
+    The pipelines of diffusers that end in ``**kwargs`` take `_LEGACY` there and drop all else without a
+    word, so that a misspelt argument would go unnoticed.
+    """
+    signature = inspect.signature(pipeline.__call__)
+    if not any(each.kind is inspect.Parameter.VAR_KEYWORD for each in signature.parameters.values()):
+        return False
+    return not inspect.unwrap(type(pipeline).__call__).__module__.startswith("diffusers.pipelines.")
+
+
+def _check_prompt(
+    pipeline: Any, arguments: Mapping[str, Any], known: Mapping[str, inspect.Parameter]
+) -> None:
     if arguments.get("prompt") is None:
+        needs_words = {"prompt", "prompt_embeds"} <= set(known) and "image" not in known
+        if needs_words and arguments.get("prompt_embeds") is None:
+            raise InputError(f"{type(pipeline).__name__} needs a prompt, such as 'a red circle'.")
         return
     prompts = arguments["prompt"]
     for prompt in prompts if isinstance(prompts, (list, tuple)) else [prompts]:
@@ -57,10 +80,17 @@ def _check_prompt(pipeline: Any, arguments: Mapping[str, Any]) -> None:
             raise InputError(f"A prompt is text; this is {type(prompt).__name__}: {prompt!r}")
         if not prompt.strip():
             raise InputError("The prompt is empty. Write what the image should show, such as 'a red circle'.")
-        _check_length(pipeline, prompt)
+        _check_length(pipeline, prompt, _longest_read(arguments, known))
 
 
-def _check_length(pipeline: Any, prompt: str) -> None:
+def _longest_read(arguments: Mapping[str, Any], known: Mapping[str, inspect.Parameter]) -> int | None:
+    """Return how many tokens the call lets the longest-reading encoder have, where it says so."""
+    name = "max_sequence_length"
+    length = arguments.get(name, known[name].default if name in known else None)
+    return length if isinstance(length, int) else None
+
+
+def _check_length(pipeline: Any, prompt: str, most: int | None) -> None:
     """Refuse what the longest-reading encoder would cut off: a silently shortened prompt misleads."""
     readers = [
         each for each in pipeline.components.values() if hasattr(each, "model_max_length") and callable(each)
@@ -69,10 +99,11 @@ def _check_length(pipeline: Any, prompt: str) -> None:
     if not readers or len(limits) < len(readers):
         return
     reader = max(readers, key=lambda each: each.model_max_length)
+    limit = min(reader.model_max_length, most or reader.model_max_length)
     ids = reader(prompt, truncation=False, add_special_tokens=True, verbose=False)["input_ids"]
-    if len(ids) > reader.model_max_length:
-        kept = reader.decode(ids[: reader.model_max_length], skip_special_tokens=True)
+    if len(ids) > limit:
+        kept = reader.decode(ids[:limit], skip_special_tokens=True)
         raise InputError(
-            f"The prompt has {len(ids)} tokens; the model reads {reader.model_max_length}. It would stop "
+            f"The prompt has {len(ids)} tokens; the model reads {limit}. It would stop "
             f"after {kept[-60:]!r}. Shorten it."
         )

@@ -34,12 +34,21 @@ def normal(steps: Steps) -> tuple[int, ...] | slice | None:
 
 
 def covers(steps: tuple[int, ...] | slice | None, row: Row, total: int | None) -> bool:
-    """Whether ``row`` lies in ``steps`` of a run of ``total`` steps."""
+    """Whether ``row`` lies in ``steps`` of a run of ``total`` steps.
+
+    Raises:
+        InputError: the run has no such step.
+    """
     if steps is None:
         return True
     if isinstance(steps, slice):
         return row.step in range(*steps.indices(total if total is not None else row.step + 1))
-    return row.step in steps or (total is not None and row.step - total in steps)
+    if total is None:
+        return row.step in steps
+    for step in steps:
+        if not -total <= step < total:
+            raise InputError(f"The run has {total} steps (0 to {total - 1}); {step} is none of them.")
+    return row.step in steps or row.step - total in steps
 
 
 def branch_rows(row: Row, branch: str, size: int) -> list[tuple[str, slice]]:
