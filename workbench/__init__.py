@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from workbench.interventions.patch import Patch as Patch
     from workbench.models.model import DiffusionModel as DiffusionModel
     from workbench.tracing.record import Record as Record
+    from workbench.widgets.app import Workbench as Workbench
+    from workbench.widgets.page import save_html as save_html
 
 __version__ = "0.1.0"
 
@@ -23,11 +25,24 @@ _HOMES = {
     "DiffusionModel": "workbench.models.model",
     "Patch": "workbench.interventions.patch",
     "Record": "workbench.tracing.record",
+    "Workbench": "workbench.widgets.app",
     "errors": "workbench.errors",
+    "save_html": "workbench.widgets.page",
     "zoo": "workbench.zoo",
 }
 
-__all__ = ["Attention", "DiffusionModel", "Experiment", "Patch", "Record", "__version__", "errors", "zoo"]
+__all__ = [
+    "Attention",
+    "DiffusionModel",
+    "Experiment",
+    "Patch",
+    "Record",
+    "Workbench",
+    "__version__",
+    "errors",
+    "save_html",
+    "zoo",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
+from workbench import zoo
 from workbench.errors import InputError
 from workbench.interventions.patch import Patch
 from workbench.models.model import Capture, DiffusionModel
@@ -153,7 +154,9 @@ class Outcome:
 
 
 def defaults(model: DiffusionModel) -> dict[str, Any]:
-    """Return the pipeline's own steps and guidance, those it has."""
+    """Return the steps and guidance a model is at its best with: the zoo's, or the pipeline's own."""
+    if model.reference in zoo.models():
+        return zoo.settings(model.reference)
     parameters = inspect.signature(model.pipeline.__call__).parameters
     names = ("num_inference_steps", "guidance_scale")
     return {name: parameters[name].default for name in names if name in parameters}

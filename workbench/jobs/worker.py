@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import queue
 import threading
@@ -26,6 +27,7 @@ class Job:
         label: what it is, for the person who waits.
         work: called with the job, in the worker's thread.
         watch: called, in the worker's thread, with the job, the tick and the latents after it.
+        priority: `URGENT` or `PATIENT`.
     """
 
     def __init__(
@@ -33,10 +35,12 @@ class Job:
         label: str,
         work: Callable[[Job], Any],
         watch: Callable[[Job, Tick, torch.Tensor], None] | None = None,
+        priority: int = URGENT,
     ) -> None:
         self.label = label
         self._work = work
         self._watch = watch
+        self.priority = priority
         self._stop = threading.Event()
         self._future: Future[Any] = Future()
 
@@ -100,16 +104,23 @@ class Worker:
 
     @property
     def busy(self) -> bool:
-        """Whether a job is running or waiting."""
-        return self._current is not None or not self._queue.empty()
+        """Whether an urgent job is running or waiting."""
+        running = self._current is not None and self._current.priority == URGENT
+        return running or self.waiting(URGENT) > 0
 
-    def submit(self, job: Job, priority: int = URGENT) -> Job:
+    def waiting(self, priority: int) -> int:
+        """Return how many jobs of a priority wait."""
+        with self._queue.mutex:
+            return sum(1 for waiting, _, job in self._queue.queue if job is not None and waiting == priority)
+
+    def submit(self, job: Job) -> Job:
         """Put a job in the queue and return it."""
         with self._lock:
             if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
                 self._thread.start()
-        self._queue.put((priority, next(self._order), job))
+                atexit.register(self._leave_with_interpreter)
+        self._queue.put((job.priority, next(self._order), job))
         return job
 
     def stop(self) -> None:
@@ -128,6 +139,13 @@ class Worker:
         """Stop everything and let the thread end."""
         self.stop()
         self._queue.put((PATIENT, next(self._order), None))
+        atexit.unregister(self._leave_with_interpreter)
+
+    def _leave_with_interpreter(self) -> None:
+        """End between two calls: a thread that is cut off inside a kernel takes the process down."""
+        self.close()
+        if self._thread is not None:
+            self._thread.join(timeout=5)
 
     def _work(self) -> None:
         while True:

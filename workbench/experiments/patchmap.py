@@ -1,0 +1,120 @@
+"""A layer × step map of patches between two runs, filled a cell at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from workbench.errors import InputError
+from workbench.experiments.experiment import Experiment, PatchSpec
+from workbench.experiments.metrics import difference, towards
+from workbench.experiments.windows import window
+from workbench.tracing.record import Record
+from workbench.tracing.session import Listener
+from workbench.tracing.sites import Site
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One patched run.
+
+    Attributes:
+        experiment: the experiment with this patch.
+        record: the run.
+        towards: how far its picture moved from the target's to the source's (see `towards`).
+        difference: how far its picture is from the target's, in [0, 1].
+    """
+
+    experiment: Experiment
+    record: Record
+    towards: float
+    difference: float
+
+    @property
+    def image(self) -> Image.Image:
+        """The patched run's picture."""
+        image: Image.Image = self.record.images[0]
+        return image
+
+
+class PatchMap:
+    """Every site × step of one pair of runs, under one window.
+
+    Each cell is a run of its own, computed from its first patched step on, so what it shows is exact.
+
+    Args:
+        experiment: the plain experiment, without patches.
+        source: its source's run.
+        target: its target's run.
+        sites: the rows.
+        window: which steps a cell covers, see `workbench.experiments.windows`.
+        branch: which guidance branch is patched.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        source: Record,
+        target: Record,
+        sites: list[Site],
+        *,
+        window: str = "half",
+        branch: str = "cond",
+    ) -> None:
+        self.experiment = experiment
+        self.source = source
+        self.target = target
+        self.sites = sites
+        self.window = window
+        self.branch = branch if branch in target.ledger.branches else "all"
+        self.steps = target.ledger.steps
+        self._values: dict[tuple[str, int, str], float] = {}
+
+    @property
+    def values(self) -> np.ndarray:
+        """How far each cell moved towards the source, ``(sites, steps)``, float32; NaN is not computed."""
+        found = [
+            [self._values.get((str(site), step, self.window), np.nan) for step in range(self.steps)]
+            for site in self.sites
+        ]
+        return np.array(found, np.float32).reshape(len(self.sites), self.steps)
+
+    def missing(self) -> list[tuple[int, int]]:
+        """Return the cells not computed yet, coarse to fine, so that a half-filled map shows the whole."""
+        empty = np.argwhere(np.isnan(self.values))
+        return sorted(((int(row), int(column)) for row, column in empty), key=lambda cell: _depth(cell[1]))
+
+    def patch_of(self, row: int, column: int) -> PatchSpec:
+        """Return the patch that a cell stands for."""
+        if not (0 <= row < len(self.sites) and 0 <= column < self.steps):
+            raise InputError(
+                f"The map has {len(self.sites)} sites and {self.steps} steps, so no cell {row}, {column}."
+            )
+        steps = window(self.window, column, self.steps)
+        return PatchSpec(site=str(self.sites[row]), steps=steps, branch=self.branch)
+
+    def compute(self, row: int, column: int, listener: Listener | None = None) -> Cell:
+        """Run a cell's patch and note its value."""
+        patch = self.patch_of(row, column)
+        key = (patch.site, column, self.window)
+        self._provide(patch.site, listener)
+        experiment = self.experiment.model_copy(update={"patches": (patch,)})
+        record = experiment.patch(self.source, self.target, listener=listener)
+        assert record is not None
+        image, target, source = record.images[0], self.target.images[0], self.source.images[0]
+        cell = Cell(experiment, record, towards(image, target, source), difference(image, target))
+        self._values[key] = cell.towards
+        return cell
+
+    def _provide(self, site: str, listener: Listener | None) -> None:
+        """See that the source has the site's activations, running it once more if it must."""
+        if site not in self.source.captured:
+            again = self.source.fork(0, capture=[site], listener=listener)
+            self.source.captured[site] = again.captured[site]
+
+
+def _depth(column: int) -> int:
+    """Return how late a column comes when each pass halves the gaps (0, 8, 4, 12, 2, …)."""
+    return 0 if column == 0 else 32 - (column & -column).bit_length()

@@ -1,0 +1,109 @@
+"""What the app's worker does: the runs behind the views, and what the views are given of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+import torch
+from PIL import Image
+
+from workbench import zoo
+from workbench.attention.capture import Attention
+from workbench.errors import GuardError
+from workbench.experiments.experiment import Experiment
+from workbench.experiments.metrics import difference, towards
+from workbench.experiments.patchmap import PatchMap
+from workbench.models.decoding import Decoder
+from workbench.models.model import Capture, DiffusionModel
+from workbench.models.outline import Shapes, patch_sites
+from workbench.tracing.record import Record
+from workbench.tracing.session import Listener
+from workbench.zoo import shapes
+
+_SHARE_OF_MEMORY = 0.25
+
+
+@dataclass
+class Pair:
+    """A source and a target run, and the map between them.
+
+    Attributes:
+        experiment: what was run, without patches.
+        source: the source's run.
+        target: the target's run.
+        map: the patch map, empty until cells are computed.
+        floor: what another seed alone does to the two measures: (towards, difference); None until known.
+        lanes: what the scrubber shows of both, empty until made.
+    """
+
+    experiment: Experiment
+    source: Record
+    target: Record
+    map: PatchMap
+    floor: tuple[float, float] | None = None
+    lanes: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Stage:
+    """Owns what is needed to run pairs of one model."""
+
+    def __init__(self, model: DiffusionModel) -> None:
+        self.model = model
+        self.decoder = Decoder(model)
+
+    def run_pair(self, experiment: Experiment, window: str, listener: Any) -> Pair:
+        """Run target and source; afterwards the model knows its shapes.
+
+        Activations for the patch map are kept from the source's run if they fit in a quarter of the
+        free memory; otherwise a click runs the source once more for its own site.
+        """
+        settings = {**experiment.settings(), "seed": experiment.seed, "listener": listener}
+        seen = Shapes()
+        listener.label = "target"
+        target = self._record(experiment.target, settings, (seen,))
+        self.model.shapes = seen.text()
+        sites = patch_sites(self.model.denoisers, seen)
+        needed = sum(seen.bytes[site.path] for site in sites) * len(target.ledger)
+        fits = needed <= psutil.virtual_memory().available * _SHARE_OF_MEMORY
+        listener.label = "source"
+        source = self._record(experiment.source, settings, tuple(map(str, sites)) if fits else ())
+        return Pair(experiment, source, target, PatchMap(experiment, source, target, sites, window=window))
+
+    def measure_floor(self, pair: Pair, listener: Listener) -> tuple[float, float]:
+        """Return what one other seed does to the measures, with no patch at all."""
+        settings = pair.experiment.settings()
+        other = self.model.record(
+            pair.experiment.target, seed=pair.experiment.seed + 1, listener=listener, **settings
+        )
+        image, target, source = other.images[0], pair.target.images[0], pair.source.images[0]
+        return towards(image, target, source), difference(image, target)
+
+    def preview(self, latents: torch.Tensor | None, size: tuple[int, int] | None) -> Image.Image | None:
+        """Return a picture of a predicted clean sample; None where the decoder cannot make one.
+
+        Args:
+            latents: ``(batch, channels, rows, columns)``, or packed.
+            size: ``(width, height)`` of the picture, needed for packed latents; None before a run.
+        """
+        if latents is None or self.decoder.refused or (size is None and latents.ndim != 4):
+            return None
+        try:
+            return self.decoder.decode(latents[:1], size or (0, 0))[0]
+        except (AttributeError, TypeError, ValueError, RuntimeError):
+            # Another autoencoder, another packing: the run itself says later whether pictures can be had.
+            return None
+
+    def describe(self, image: Image.Image) -> str:
+        """Say what is in a picture, for models of a world whose pictures can be read."""
+        if self.model.reference not in zoo.models():
+            return ""
+        return str(shapes.read(image))
+
+    def _record(self, prompt: str, settings: dict[str, Any], capture: tuple[Capture, ...]) -> Record:
+        """Run with attention where the model's can be seen; without, where it cannot."""
+        try:
+            return self.model.record(prompt, capture=(*capture, Attention(dtype=torch.float16)), **settings)
+        except GuardError:
+            return self.model.record(prompt, capture=capture, **settings)
