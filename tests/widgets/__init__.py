@@ -1,0 +1,1 @@
+"""The widgets, in Python and in a browser."""
