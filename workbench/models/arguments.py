@@ -34,10 +34,12 @@ def check(pipeline: Any, arguments: Mapping[str, Any]) -> None:
 
 
 def count_prompts(arguments: Mapping[str, Any]) -> int:
-    """Return how many prompts a call has."""
+    """Return how many prompts, or classes, a call has."""
     prompt = arguments.get("prompt")
     if isinstance(prompt, (list, tuple)):
         return len(prompt)
+    if isinstance(arguments.get("class_labels"), (list, tuple)):
+        return len(arguments["class_labels"])
     embeds = arguments.get("prompt_embeds")
     if prompt is None and embeds is not None:
         return int(embeds.shape[0])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from workbench import zoo
 from workbench.errors import InputError, LoadError, UnknownNameError, nearest
+from workbench.models.quiet import quiet_load
 
 
 def load(reference: Any, **options: Any) -> tuple[Any, str]:
@@ -28,7 +30,8 @@ def load(reference: Any, **options: Any) -> tuple[Any, str]:
     """
     if isinstance(reference, (str, Path)):
         folder = locate(str(reference))
-        return _from_pretrained(folder, options), str(reference)
+        with quiet_load() if reference in zoo.models() else nullcontext():
+            return _from_pretrained(folder, options), str(reference)
     if callable(reference) and hasattr(reference, "components"):
         if options:
             raise InputError(f"A live pipeline is used as it is; {', '.join(options)} cannot change it.")

@@ -172,7 +172,7 @@ class DiffusionModel:
         self._finish(record)
         return record
 
-    def _fork(self, record: Record, step: int, changes: Mapping[str, Any]) -> Record:
+    def fork(self, record: Record, step: int, changes: Mapping[str, Any]) -> Record:
         """Run ``record`` again from ``step`` with ``changes``; called by `Record.fork`."""
         changes = dict(changes)
         old = record.spec
@@ -205,7 +205,7 @@ class DiffusionModel:
         return System(self.components, self._pipeline)
 
     def _finish(self, record: Record) -> None:
-        record.again = self._fork
+        record.model = self
 
     def _begin(self, trace: Trace) -> None:
         self._occupy(trace)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -37,6 +37,13 @@ class RunSpec(BaseModel):
     forked_at: int | None = None
 
 
+class Forks(Protocol):
+    """The model that made a record and can run it again."""
+
+    def fork(self, record: Record, step: int, changes: Mapping[str, Any]) -> Record:
+        """Run ``record`` again from ``step`` with ``changes``."""
+
+
 @dataclass(frozen=True)
 class Passage:
     """One value that passed a captured site; ``call`` is None outside the denoiser's calls."""
@@ -62,6 +69,7 @@ class Record:
         calls: what each denoiser call returned: with the generators' states, enough to replay.
         rng_state: the state of torch's global generator before the run.
         attention: attention maps, where they were asked for.
+        model: what made the record, and can fork it.
     """
 
     spec: RunSpec
@@ -73,7 +81,7 @@ class Record:
     initial: torch.Tensor | None = None
     rng_state: torch.Tensor | None = None
     attention: Any = None
-    again: Callable[..., Record] | None = field(default=None, repr=False)
+    model: Forks | None = field(default=None, repr=False)
 
     @property
     def images(self) -> Any:
@@ -173,11 +181,11 @@ class Record:
         Raises:
             InputError: the run has no such step, or the record cannot be run again.
         """
-        if self.again is None:
+        if self.model is None:
             raise InputError("This record does not know its model, so it cannot be forked. Record it anew.")
         if not -self.ledger.steps <= step <= self.ledger.steps:
             raise InputError(f"The run has {self.ledger.steps} steps; it cannot fork at step {step}.")
-        return self.again(self, step % self.ledger.steps if step < 0 else step, changes)
+        return self.model.fork(self, step % self.ledger.steps if step < 0 else step, changes)
 
     def _kept(self, site: str | Site) -> tuple[list[Passage], Leaf]:
         """Return a site's passages, and the selector still to be applied to them."""

@@ -20,6 +20,7 @@ from workbench.jobs.worker import PATIENT, URGENT, Job, Worker
 from workbench.models import arguments as checks
 from workbench.models.model import DiffusionModel
 from workbench.models.outline import outline
+from workbench.models.quiet import quiet_run
 from workbench.tracing.clock import Tick
 from workbench.tracing.record import Record
 from workbench.tracing.sites import Site
@@ -262,7 +263,11 @@ class Workbench:
     # What the worker does. It is the only thread that writes to the views while it runs.
 
     def _submit(self, label: str, work: Callable[[Job], Any], priority: int = URGENT) -> Job:
-        job = Job(label, work, self._watch(), priority)
+        def work_quietly(job: Job) -> Any:
+            with quiet_run(self.model.pipeline):
+                return work(job)
+
+        job = Job(label, work_quietly, self._watch(), priority)
         job.when_done(self._ended)
         return self._worker.submit(job)
 

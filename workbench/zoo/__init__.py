@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from workbench.errors import UnknownNameError, nearest
+from workbench.zoo import shapes as shapes
 
 _WEIGHTS = Path(__file__).parent / "weights"
 

@@ -1,0 +1,1 @@
+"""Scores methods on the shapes world, where what is true is known."""

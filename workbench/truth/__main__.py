@@ -1,0 +1,59 @@
+"""``python -m workbench.truth``: what patches and attention maps are worth on a model of the shapes world."""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+
+from workbench.experiments.experiment import Experiment, PatchSpec
+from workbench.models.model import DiffusionModel
+from workbench.models.quiet import quiet_run
+from workbench.truth.attention import word_overlap
+from workbench.truth.patching import colour_rates
+from workbench.zoo import shapes
+
+STEPS = tuple(range(10))
+PATCH = PatchSpec(site="unet.up_blocks.2", steps=STEPS, branch="cond")
+"""The patch of the tour."""
+
+ELSEWHERE = "unet.mid_block"
+"""The other site."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the rates of the tour's patch and the overlap of words with their objects."""
+    parser = argparse.ArgumentParser(prog="workbench.truth", description=__doc__)
+    parser.add_argument("model", nargs="?", default="shapes-unet")
+    parser.add_argument("--seeds", type=int, default=20, help="seeds of the patch")
+    parser.add_argument("--prompts", type=int, default=50, help="prompts of the attention maps")
+    given = parser.parse_args(arguments)
+    model = DiffusionModel(given.model)
+    experiment = Experiment(
+        model=given.model,
+        source="a red circle",
+        target="a blue circle",
+        num_inference_steps=20,
+        guidance_scale=3.0,
+        patches=(PATCH,),
+    )
+    with quiet_run(model.pipeline):
+        print(f"{PATCH.site}, steps {STEPS[0]} to {STEPS[-1]}; elsewhere {ELSEWHERE}; reads red:")
+        seeds = range(given.seeds)
+        print(colour_rates(model, experiment, colour="red", elsewhere=ELSEWHERE, seeds=seeds))
+        print(word_overlap(model, circle_prompts(given.prompts), "circle"))
+
+
+def circle_prompts(count: int, seed: int = 0) -> list[str]:
+    """Return prompts like the training ones that name exactly one circle."""
+    rng = np.random.default_rng(seed)
+    prompts: list[str] = []
+    while len(prompts) < count:
+        prompt = shapes.sample(rng).prompt()
+        if prompt.split().count("circle") == 1:
+            prompts.append(prompt)
+    return prompts
+
+
+if __name__ == "__main__":
+    main()
