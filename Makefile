@@ -33,11 +33,12 @@ lab: setup  ## JupyterLab on the tour (more arguments: LAB_ARGS=...)
 test: setup  ## every test but the long runs (more arguments: PYTEST_ARGS=...)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-check: setup  ## lint, formatting, strict typing, import contract
+check: setup  ## lint, formatting, strict typing, import contract, pins
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python .ci/pin.py --check
 
 bench: setup  ## ratios against the bare pipeline
 	$(BIN)/python -m tests.benchmarks

@@ -2,6 +2,7 @@
 
 The file pins every package that the extras need, however indirectly, and nothing else that happens
 to be installed. To move a pin: install the wanted version into .venv, run this, run `make check test`.
+With `--check` it writes nothing and fails if anything that is installed and needed is not pinned so.
 """
 
 import sys
@@ -48,7 +49,15 @@ def pins() -> list[str]:
     return sorted(lines, key=lambda line: line.partition("==")[0])
 
 
-if __name__ == "__main__":
+def main(arguments: list[str]) -> str | None:
+    """Writes the file, or compares with it; returns what is wrong."""
     lines = pins()
-    TARGET.write_text(HEADER + "\n".join(lines) + "\n", encoding="utf-8")
-    sys.stdout.write(f"{TARGET.name}: {len(lines)} packages\n")
+    if "--check" not in arguments:
+        TARGET.write_text(HEADER + "\n".join(lines) + "\n", encoding="utf-8")
+        return None
+    unpinned = set(lines) - set(TARGET.read_text(encoding="utf-8").splitlines())
+    return f"Not in {TARGET.name}, run .ci/pin.py: {', '.join(sorted(unpinned))}" if unpinned else None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
