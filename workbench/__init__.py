@@ -5,6 +5,7 @@ The public names are loaded when they are first used, so that ``import workbench
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
     from workbench.models.model import DiffusionModel as DiffusionModel
     from workbench.tracing.record import Record as Record
     from workbench.widgets.app import Workbench as Workbench
-    from workbench.widgets.page import save_html as save_html
+    from workbench.widgets.views import component_tree as component_tree
+    from workbench.widgets.views import save_html as save_html
+    from workbench.widgets.views import step_scrubber as step_scrubber
 
 __version__ = "0.1.0"
 
@@ -27,7 +30,9 @@ _HOMES = {
     "Record": "workbench.tracing.record",
     "Workbench": "workbench.widgets.app",
     "errors": "workbench.errors",
-    "save_html": "workbench.widgets.page",
+    "component_tree": "workbench.widgets.views",
+    "save_html": "workbench.widgets.views",
+    "step_scrubber": "workbench.widgets.views",
     "zoo": "workbench.zoo",
 }
 
@@ -39,8 +44,10 @@ __all__ = [
     "Record",
     "Workbench",
     "__version__",
+    "component_tree",
     "errors",
     "save_html",
+    "step_scrubber",
     "zoo",
 ]
 
@@ -57,3 +64,21 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+def _attach_to_notebook() -> None:
+    """Let a notebook show models and records as widgets, without loading either now."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    if shell is None or not hasattr(shell, "display_formatter"):
+        return
+
+    def show(value: Any, **options: Any) -> Any:
+        return import_module("workbench.widgets.views").show(value, **options)
+
+    formatter = shell.display_formatter.mimebundle_formatter
+    formatter.for_type_by_name("workbench.models.model", "DiffusionModel", show)
+    formatter.for_type_by_name("workbench.tracing.record", "Record", show)
+
+
+_attach_to_notebook()

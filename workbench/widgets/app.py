@@ -34,7 +34,7 @@ from workbench.widgets.patch_map import PatchMap as PatchMapView
 from workbench.widgets.pictures import png
 from workbench.widgets.scrubber import StepScrubber
 from workbench.widgets.stage import Pair, Stage
-from workbench.widgets.tree import ComponentTree
+from workbench.widgets.views import component_tree
 
 FORMATS = {"standalone": "standalone.py", "workbench": "workbench.py", "experiment": "json"}
 """What Export writes: a script on diffusers and torch alone, one on the workbench, the experiment as data."""
@@ -89,7 +89,7 @@ class Workbench:
             guidance=float(guidance or 0.0),
             can_guide="guidance_scale" in own,
         )
-        self.tree = ComponentTree(nodes=_nodes(self.model))
+        self.tree = component_tree(self.model)
         self.scrubber = StepScrubber()
         self.map = PatchMapView(window="half")
         self.images = ImageStrip()
@@ -369,7 +369,7 @@ class Workbench:
                 self.controls.error = error
 
     def _draw_pair(self, pair: Pair) -> None:
-        self.tree.nodes = _nodes(self.model)
+        self.tree.nodes = [node.__dict__ for node in outline(self.model)]
         self.tree.marked = [site.path for site in pair.map.sites]
         self._draw_lanes(pair)
         self._draw_map(pair)
@@ -483,10 +483,6 @@ class _Pace:
             self._first, self._began, self.rate = done, time.monotonic(), None
         else:
             self.rate = (done - self._first) / (time.monotonic() - self._began)
-
-
-def _nodes(model: DiffusionModel) -> list[dict[str, Any]]:
-    return [node.__dict__ for node in outline(model)]
 
 
 def _spell(error: BaseException) -> dict[str, str]:
