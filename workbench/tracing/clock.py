@@ -189,6 +189,16 @@ class Clock:
         batch = sample.shape[0] if isinstance(sample, torch.Tensor) and sample.ndim else 1
         if self.rows is not None and batch % self.rows == 0 and batch > self.rows:
             ways = batch // self.rows
-            return ("uncond", "cond") if ways == 2 else tuple(f"guide{way}" for way in range(ways))
+            if ways > 2:
+                return tuple(f"guide{way}" for way in range(ways))
+            labels = kwargs.get("class_labels")
+            return ("cond", "uncond") if _null_class_last(labels, self.rows) else ("uncond", "cond")
         earlier = sum(1 for row in self.ledger if row.tick == self.ticks)
         return (("cond", "uncond")[earlier] if earlier < 2 else f"guide{earlier}",)
+
+
+def _null_class_last(labels: Any, rows: int) -> bool:
+    """Whether the second half of a guided batch is without a class: the null class is the highest."""
+    if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or len(labels) != 2 * rows:
+        return False
+    return bool(labels[:rows].max() < labels[rows:].min())

@@ -7,6 +7,7 @@ al. 2022, arXiv:2206.00364), flow matching (Lipman et al. 2022, arXiv:2210.02747
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -45,6 +46,8 @@ def sigma(scheduler: Any, timestep: float) -> float | None:
     sigmas = getattr(scheduler, "sigmas", None)
     if sigmas is not None:
         index = index_of(scheduler, timestep)
+        if _at_midpoint(scheduler):
+            sigmas = scheduler.sigmas_interpol
         return float(sigmas[index]) if index is not None and index < len(sigmas) else None
     alphas = getattr(scheduler, "alphas_cumprod", None)
     if alphas is None:
@@ -84,7 +87,32 @@ def clean(
         "flow": x - noise * out,
         "sample": out,
     }
-    return by_kind.get(kind(scheduler))
+    predicted = by_kind.get(kind(scheduler))
+    limit = _clip(scheduler)
+    return predicted if predicted is None or limit is None else predicted.clamp(-limit, limit)
+
+
+def _at_midpoint(scheduler: Any) -> bool:
+    """Whether the next step is the second of KDPM2's two, at a noise level between two of its sigmas.
+
+    The ancestral variant's is the next sigma itself: √(σ·σ_down) with σ_down = σ_next² / σ.
+    """
+    return (
+        hasattr(scheduler, "sigmas_interpol")
+        and not hasattr(scheduler, "sigmas_up")
+        and not scheduler.state_in_first_order
+    )
+
+
+def _clip(scheduler: Any) -> float | None:
+    """Return the bound the scheduler clips its predicted sample to, or None.
+
+    A configuration may hold another scheduler's ``clip_sample``, which this one ignores.
+    """
+    clips = "clip_sample" in inspect.signature(type(scheduler).__init__).parameters
+    if not clips or not scheduler.config.get("clip_sample"):
+        return None
+    return float(scheduler.config.get("clip_sample_range", 1.0))
 
 
 def _signal_and_noise(scheduler: Any, timestep: float) -> tuple[float, float] | None:
