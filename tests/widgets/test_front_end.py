@@ -305,6 +305,21 @@ class TestPatchMap:
             covered = window_steps(window, column, scene.STEPS)
             assert [i for i, on in enumerate(ticks) if on] == list(covered)
 
+    @pytest.mark.parametrize(
+        ("sites", "labels"),
+        [
+            (["unet.down_blocks.0", "unet.mid_block"], ["down.0", "mid"]),
+            (["unet.up_blocks.0.attn:output", "unet.up_blocks.1.attn:output"], ["0", "1"]),
+            (["unet", "unet.mid_block"], ["unet", "unet.mid"]),
+            (["unet.mid_block:output", "unet.mid_block:input"], ["mid", "mid_block:input"]),
+            (["transformer.mid_block"], ["transformer.mid"]),
+        ],
+    )
+    def test_row_labels_keep_what_tells_sites_apart(self, open_widgets, sites, labels):
+        shown = open_widgets(PatchMap(sites=sites, steps=3))
+        assert shown.page.locator(".map-site").all_inner_texts() == labels
+        assert shown.page.locator(".map-site").first.get_attribute("title") == sites[0]
+
     def test_fill_and_stop(self, open_widgets):
         shown = open_widgets(scene.patch_map(), live=True)
         shown.page.get_by_role("button", name="Fill all").click()

@@ -19,6 +19,7 @@ class ImageStrip(Element):
     """
 
     _bundle: ClassVar[str] = "images"
+    _page_width: ClassVar[str] = "minmax(0, 264px)"
 
     cards = t.List(t.Dict()).tag(sync=True)
     note = t.Unicode("").tag(sync=True)

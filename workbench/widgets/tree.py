@@ -26,7 +26,7 @@ class ComponentTree(Element):
 
     _bundle: ClassVar[str] = "tree"
     _editable: ClassVar[frozenset[str]] = frozenset({"selected"})
-    _page_width: ClassVar[str] = "minmax(0, 272px)"
+    _page_width: ClassVar[str] = "minmax(0, 264px)"
 
     nodes = t.List(t.Dict()).tag(sync=True)
     variable = t.Unicode("model").tag(sync=True)

@@ -9,6 +9,7 @@ import { segments } from "./lib/segments";
 import { perFrame } from "./lib/timing";
 import { autoLimit, type Cell, drawCells, type Geometry, type Ink, outline, position, type Scale } from "./patch_grid";
 import css from "./patch_map.css";
+import { shorten } from "./patch_sites";
 import { stepsText, WINDOWS, windowSteps } from "./patch_window";
 
 interface State extends ElementState {
@@ -36,6 +37,7 @@ const NOT_CELLS = 36;
 function build(panel: Panel<State>): void {
   const { root, model, signal } = panel;
   let values = new Float32Array();
+  let scale: Scale = { colours: table("viridis"), limit: 1, signed: false };
   let hover: Cell | null = null;
   let cursor: Cell = [0, 0];
   let focused = false;
@@ -85,7 +87,7 @@ function build(panel: Panel<State>): void {
     };
   }
 
-  function scale(): Scale {
+  function scaleNow(): Scale {
     const signed = model.get("signed");
     const dark = isDark(root);
     const limit = model.get("limit") > 0 ? model.get("limit") : autoLimit(values, model.get("noise_floor"));
@@ -103,7 +105,7 @@ function build(panel: Panel<State>): void {
     const g = geometry();
     const pens = ink();
     siteList.style.setProperty("--cell", `${g.cellHeight}px`);
-    const context = drawCells(canvas, g, values, scale(), pens);
+    const context = drawCells(canvas, g, values, scale, pens);
     canvas.style.width = `${g.columns * g.cellWidth}px`;
     canvas.style.height = `${g.rows * g.cellHeight}px`;
     const [row, column] = model.get("selected");
@@ -150,7 +152,8 @@ function build(panel: Panel<State>): void {
 
   function describe(cell: Cell): string {
     const [first, end] = windowSteps(model.get("window"), cell[1], model.get("steps"));
-    return `${model.get("sites")[cell[0]] ?? ""} · ${stepsText(first, end)} · ${valueText(cell)}`;
+    const site = (model.get("sites")[cell[0]] ?? "").replace(/:output$/, "");
+    return `${valueText(cell)} · ${stepsText(first, end)} · ${site}`;
   }
 
   function cellAt(event: MouseEvent): Cell | null {
@@ -233,7 +236,8 @@ function build(panel: Panel<State>): void {
 
   panel.watch(["sites"], () => {
     const sites = model.get("sites");
-    siteList.replaceChildren(...sites.map((site) => h("div", { class: "map-site wb-mono", title: site }, h("bdi", {}, site))));
+    const short = shorten(sites);
+    siteList.replaceChildren(...sites.map((site, i) => h("div", { class: "map-site wb-mono", title: site }, h("bdi", {}, short[i]!))));
     nothing.hidden = sites.length > 0;
     scroll.hidden = foot.hidden = sites.length === 0;
   });
@@ -273,17 +277,17 @@ function build(panel: Panel<State>): void {
   });
 
   function showLegend(): void {
-    const current = scale();
-    ramp.style.backgroundImage = gradient(current.colours);
-    setText(low, current.signed ? `−${significant(current.limit)}` : "0");
-    setText(high, significant(current.limit));
+    scale = scaleNow();
+    ramp.style.backgroundImage = gradient(scale.colours);
+    setText(low, scale.signed ? `−${significant(scale.limit)}` : "0");
+    setText(high, significant(scale.limit));
     const floor = model.get("noise_floor");
     const known = floor !== null && floor !== undefined;
     floorTick.hidden = !known;
-    mirrorTick.hidden = !known || !current.signed;
-    setText(floorText, known ? `noise floor ${current.signed ? "±" : ""}${significant(floor)}` : "");
-    floorTick.style.left = `${100 * position(floor ?? 0, current)}%`;
-    mirrorTick.style.left = `${100 * position(-(floor ?? 0), current)}%`;
+    mirrorTick.hidden = !known || !scale.signed;
+    setText(floorText, known ? `noise floor ${scale.signed ? "±" : ""}${significant(floor)}` : "");
+    floorTick.style.left = `${100 * position(floor ?? 0, scale)}%`;
+    mirrorTick.style.left = `${100 * position(-(floor ?? 0), scale)}%`;
     draw();
   }
   onTheme(showLegend, signal);

@@ -64,13 +64,13 @@ function build(panel: Panel<State>): () => void {
   const range = h("input", { class: "wb-range", type: "range", min: 0, max: 100, value: 65, "aria-label": "Overlay strength" });
   const top = h("span");
   const legend = h("div", { class: "scrub-legend" },
-    h("span", { class: "wb-muted" }, "attention"), h("span", {}, "0"),
+    h("span", { class: "wb-muted scrub-word" }, "attention"), h("span", {}, "0"),
     h("div", { class: "scrub-ramp", style: `background:${gradient(colours)}` }), top);
   const hint = h("span", { class: "wb-muted" });
-  const overlay = h("div", { class: "scrub-overlay" }, layers, h("label", { class: "scrub-blend" }, h("span", { class: "wb-muted" }, "blend"), range), legend, hint);
-  const body = h("div", { class: "scrub-body" }, time.element, stage, broken, chips.element, overlay);
+  const overlay = h("div", { class: "scrub-overlay" }, layers, h("label", { class: "scrub-blend" }, h("span", { class: "wb-muted scrub-word" }, "blend"), range), legend, hint);
+  const body = h("div", { class: "scrub-body" }, time.element, kinds.element, stage, broken, chips.element, overlay);
   root.append(
-    h("header", { class: "wb-head" }, h("span", { class: "wb-title" }, "Steps"), kinds.element, h("div", { class: "wb-end" }, readout)),
+    h("header", { class: "wb-head" }, h("span", { class: "wb-title" }, "Steps"), h("div", { class: "wb-end" }, readout)),
     nothing, body,
   );
 
@@ -207,7 +207,7 @@ function build(panel: Panel<State>): () => void {
     draw();
   });
   panel.watch(["kinds", "kind", "lanes"], () => {
-    kinds.element.hidden = steps === 0 || allKinds().length < 2;
+    kinds.element.hidden = allKinds().length < 2;
     kinds.show(allKinds(), shownKind());
     frames.warm(lanes, shownKind());
     draw();

@@ -1,5 +1,6 @@
 /** ComponentTree: the modules of a pipeline, searchable, folded, fast with thousands of nodes. */
 
+import { onResize } from "./lib/canvas";
 import { copyButton, copyText } from "./lib/clipboard";
 import { empty, glyph, h, setText, uniqueId } from "./lib/dom";
 import { count } from "./lib/format";
@@ -204,7 +205,7 @@ function build(panel: Panel<State>): void {
       if (!rows.some((row) => row.node.path === active)) select(rows[0]!.node.path);
     }
   });
-  new ResizeObserver(draw).observe(scroll);
+  onResize(scroll, draw, panel.signal);
 
   panel.watch(["nodes"], () => {
     tree = new Tree(model.get("nodes"), tree.nodes.length ? tree.unfolded : undefined);
