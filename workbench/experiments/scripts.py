@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from workbench import zoo
 from workbench.errors import InputError
 from workbench.experiments.experiment import Experiment, PatchSpec
@@ -25,23 +27,24 @@ def workbench_code(experiment: Experiment) -> str:
         "import workbench as wb",
         "",
         f"model = wb.DiffusionModel({experiment.model!r})",
-        f"settings = {settings!r}",
+        "settings = {",
+        *(f"    {name!r}: {value!r}," for name, value in settings.items()),
+        "}",
         f"source = model.record({experiment.source!r}{capture}, **settings)",
-        f"target = model.record({experiment.target!r}, **settings)",
     ]
     if experiment.patches:
         lines += [
             "patched = model.record(",
             f"    {experiment.target!r},",
             "    interventions=[",
-            *(f"        {_patch_code(patch)}," for patch in experiment.patches),
+            *(line for patch in experiment.patches for line in _patch_lines(patch)),
             "    ],",
             "    **settings,",
             ")",
             "patched.images[0]",
         ]
     else:
-        lines.append("target.images[0]")
+        lines += [f"target = model.record({experiment.target!r}, **settings)", "target.images[0]"]
     return "\n".join(lines) + "\n"
 
 
@@ -61,10 +64,13 @@ def standalone_code(experiment: Experiment, source: Record, target: Record) -> s
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
-def _patch_code(patch: PatchSpec) -> str:
-    steps = "" if patch.steps is None else f", steps={_steps_code(patch.steps)}"
-    branch = "" if patch.branch == ALL else f", branch={patch.branch!r}"
-    return f"wb.Patch({patch.site!r}, source=source{steps}{branch})"
+def _patch_lines(patch: PatchSpec) -> list[str]:
+    arguments = [repr(patch.site), "source=source"]
+    if patch.steps is not None:
+        arguments.append(f"steps={_steps_code(patch.steps)}")
+    if patch.branch != ALL:
+        arguments.append(f"branch={patch.branch!r}")
+    return ["        wb.Patch(", *(f"            {each}," for each in arguments), "        ),"]
 
 
 def _steps_code(steps: Sequence[int]) -> str:
@@ -92,6 +98,7 @@ def _constants(experiment: Experiment, source: Record, target: Record) -> str:
         f"TARGET = {experiment.target!r}",
         f"SETTINGS = {experiment.settings()!r}",
         f"SEED = {experiment.seed!r}",
+        f"THREADS = {torch.get_num_threads()}  # as in the run: on a CPU the last bits depend on it",
     ]
     if experiment.patches:
         lines += [
@@ -158,6 +165,7 @@ parser.add_argument("--model", default=MODEL, help="folder or Hub id of the pipe
 parser.add_argument("--out", default="patched.png", help="where the image goes")
 options = parser.parse_args()
 
+torch.set_num_threads(THREADS)
 pipeline = DiffusionPipeline.from_pretrained(options.model)
 
 

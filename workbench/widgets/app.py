@@ -273,7 +273,9 @@ class Workbench:
 
     def _run_pair(self, job: Job, experiment: Experiment) -> Pair:
         pair = self._stage.run_pair(experiment, self.map.window, job)
-        self._pair, self._cell = pair, None
+        first, self._pair, self._cell = self._pair is None, pair, None
+        if first:
+            self.scrubber.step = pair.target.ledger.steps - 1
         self._draw_pair(pair)
         self._submit("noise floor", lambda later: self._measure(later, pair), PATIENT)
         return pair
