@@ -14,6 +14,7 @@ from workbench.interventions.intervention import Intervention
 from workbench.models import arguments as checks
 from workbench.models.loading import load
 from workbench.models.proxy import ModuleProxy
+from workbench.models.shapes import Shapes
 from workbench.tracing.record import Record, RunSpec
 from workbench.tracing.replay import Replay
 from workbench.tracing.seeds import Seed, generators, normal
@@ -33,7 +34,7 @@ class DiffusionModel:
         **options: passed to ``DiffusionPipeline.from_pretrained``.
 
     Attributes:
-        shapes: what each module returned when it was last watched, as text by path.
+        shapes: what each module returned in the first recorded run, as text by path.
 
     Raises:
         LoadError, UnknownNameError, InputError: the model cannot be opened; the message says why.
@@ -122,7 +123,11 @@ class DiffusionModel:
             UnknownNameError, InputError: an argument, site, port, step or branch that does not fit.
         """
         spec, call, rows = self._plan(prompt, seed, arguments)
-        return self._run(spec, call, rows, capture, interventions, listener, replay=None)
+        seen = Shapes()
+        probes = [*capture] if self.shapes else [*capture, seen]
+        record = self._run(spec, call, rows, probes, interventions, listener, replay=None)
+        self.shapes = self.shapes or seen.text()
+        return record
 
     def __call__(self, prompt: Any = None, *, seed: Seed = None, **arguments: Any) -> Any:
         """Run one step, unless told otherwise, and return the pipeline's output."""
@@ -181,6 +186,9 @@ class DiffusionModel:
         listener = changes.pop("listener", None)
         if "seed" in changes:
             raise InputError("A fork keeps the noise of its run; to change the seed, record anew.")
+        for name in ("num_inference_steps", "timesteps", "sigmas"):
+            if changes.get(name, old.arguments.get(name)) != old.arguments.get(name):
+                raise InputError(f"A fork keeps the steps of its run; to change {name}, record anew.")
         arguments = {**old.arguments, **changes}
         spec, call, rows = self._plan(arguments.pop("prompt", None), old.seed, arguments)
         spec = spec.model_copy(update={"forked_at": step})

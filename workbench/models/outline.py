@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from workbench.models.model import DiffusionModel
-from workbench.tracing.record import Record
-from workbench.tracing.session import Session
-from workbench.tracing.sites import Site, modules
-from workbench.tracing.structure import leaves
+from workbench.models.shapes import Shapes
+from workbench.tracing.sites import Site
 
 
 @dataclass(frozen=True)
@@ -74,41 +70,6 @@ def _node(path: str, module: nn.Module, shape: str) -> Node:
         shape=shape,
         kind=kind,
     )
-
-
-class Shapes:
-    """A probe that notes what each module returned, its shapes and bytes, the first time it ran."""
-
-    def __init__(self) -> None:
-        self.shapes: dict[str, dict[tuple[str | int, ...], tuple[int, ...]]] = {}
-        self.bytes: dict[str, int] = {}
-
-    @contextmanager
-    def watching(self, session: Session) -> Any:
-        """Watch every module's first output, then let go of it."""
-        for path, module in modules(session.system.components).items():
-            self._watch(session, path, module)
-        yield
-
-    def deliver(self, record: Record) -> None:
-        """Nothing goes into the record: the shapes are the model's."""
-
-    def text(self) -> dict[str, str]:
-        """Return the shapes as written in the tree: ``1×96×8×8``."""
-        return {
-            path: ", ".join("×".join(map(str, shape)) for shape in list(found.values())[:2])
-            for path, found in self.shapes.items()
-            if found
-        }
-
-    def _watch(self, session: Session, path: str, module: nn.Module) -> None:
-        def note(_module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
-            session.rig.drop(module, hook)
-            found = dict(leaves(output))
-            self.shapes[path] = {leaf: tuple(each.shape) for leaf, each in found.items()}
-            self.bytes[path] = sum(each.numel() * each.element_size() for each in found.values())
-
-        hook = session.rig.after(module, note)
 
 
 def patch_sites(denoisers: Mapping[str, nn.Module], shapes: Shapes) -> list[Site]:

@@ -17,7 +17,8 @@ from workbench.experiments.metrics import difference, towards
 from workbench.experiments.patchmap import PatchMap
 from workbench.models.decoding import Decoder
 from workbench.models.model import Capture, DiffusionModel
-from workbench.models.outline import Shapes, patch_sites
+from workbench.models.outline import patch_sites
+from workbench.models.shapes import Shapes
 from workbench.tracing.record import Record
 from workbench.tracing.session import Listener
 from workbench.zoo import shapes

@@ -1,0 +1,49 @@
+"""What each module returned: a probe that looks once at every module of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from workbench.tracing.record import Record
+from workbench.tracing.session import Session
+from workbench.tracing.sites import modules
+from workbench.tracing.structure import leaves
+
+
+class Shapes:
+    """A probe that notes what each module returned, its shapes and bytes, the first time it ran."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[str, dict[tuple[str | int, ...], tuple[int, ...]]] = {}
+        self.bytes: dict[str, int] = {}
+
+    @contextmanager
+    def watching(self, session: Session) -> Iterator[None]:
+        """Watch every module's first output, then let go of it."""
+        for path, module in modules(session.system.components).items():
+            self._watch(session, path, module)
+        yield
+
+    def deliver(self, record: Record) -> None:
+        """Nothing goes into the record: the shapes are the model's."""
+
+    def text(self) -> dict[str, str]:
+        """Return the shapes as written in the tree: ``1×96×8×8``."""
+        return {
+            path: ", ".join("×".join(map(str, shape)) for shape in list(found.values())[:2])
+            for path, found in self.shapes.items()
+            if found
+        }
+
+    def _watch(self, session: Session, path: str, module: nn.Module) -> None:
+        def note(_module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+            session.rig.drop(module, hook)
+            found = dict(leaves(output))
+            self.shapes[path] = {leaf: tuple(each.shape) for leaf, each in found.items()}
+            self.bytes[path] = sum(each.numel() * each.element_size() for each in found.values())
+
+        hook = session.rig.after(module, note)
