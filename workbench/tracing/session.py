@@ -86,6 +86,7 @@ class Session:
         self.capture = list(dict.fromkeys(capture))
         self.probes = list(probes)
         self.replay = replay
+        self.attached: list[Callable[[Rig], None]] = []
         self.rig = Rig()
         self.clock = Clock(system, rows)
         self.record = Record(spec, ledger=self.clock.ledger)
@@ -129,6 +130,8 @@ class Session:
         self.clock.finished.append(self._finish)
         self.clock.ticked.append(self._tick)
         self.clock.attach(self.rig)
+        for attach in self.attached:
+            attach(self.rig)
         for site, module in places.items():
             self._hook(site, module)
         self.clock.watch_exits(self.rig)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextvars import copy_context
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from types import TracebackType
 from typing import Any, Self
@@ -18,10 +19,10 @@ from workbench.tracing.guards import check
 from workbench.tracing.ledger import Row
 from workbench.tracing.reads import plain, read
 from workbench.tracing.record import Record
-from workbench.tracing.rig import Owned
+from workbench.tracing.rig import Owned, Rig
 from workbench.tracing.session import Session, hook_port
 from workbench.tracing.sites import Site, resolve
-from workbench.tracing.structure import check_fit, pick, put
+from workbench.tracing.structure import Leaf, check_fit, pick, put
 
 
 @dataclass
@@ -59,6 +60,9 @@ class Trace:
         self._seen: dict[Site, Any] = {}
         self._seen_in: Row | None = None
         self._step: int | None = None
+        self._call: int | None = None
+        self._within: Row | None = None
+        self._wanted: Site | None = None
         self._catch: Callable[[Row], bool] | None = None
         self._done = False
         self._open_paths: set[str] = set()
@@ -69,6 +73,7 @@ class Trace:
         try:
             self._begin(self)
             self._session.clock.started.append(self._call_starts)
+            self._session.attached.append(self._open_entrances)
             self._coroutine = greenlet.greenlet(self._session.run)
             # A greenlet starts without context variables; the pipeline's output must find the cell's.
             self._coroutine.gr_context = copy_context()
@@ -112,6 +117,12 @@ class Trace:
 
     iter = steps
 
+    @property
+    def calls(self) -> Iterator[Row]:
+        """The run's denoiser calls, where a step has several: each guidance branch, each half of a step."""
+        while not self._done and (row := self.go_to_next_call()) is not None:
+            yield row
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
@@ -121,28 +132,24 @@ class Trace:
 
     def value(self, site: Site) -> Any:
         """Return the value at ``site``, letting the pipeline run up to it."""
-        place = Site(site.path, site.port)
-        self._forget_past_calls()
-        if place not in self._seen:
-            self._run_to(place)
+        place = self._reach(site)
         value = self._seen[place]
-        return read(pick(value, site.leaf, site=str(site)) if site.leaf else value)
+        leaf = _leaf_of(site, value)
+        return read(pick(value, leaf, site=str(site)) if leaf else value)
 
     def replace(self, site: Site, new: Any) -> None:
         """Let the run go on with ``new`` in place of the value at ``site``."""
-        place = Site(site.path, site.port)
-        self._forget_past_calls()
-        if place not in self._seen:
-            self._run_to(place)
+        place = self._reach(site)
         if self._pause is None or self._pause.place != place:
             raise OutOfOrderError(
-                f"{site} has already passed in {self._where()}; the run is at {self._spot()} now. "
-                "Replace a value before reading what comes after it."
+                f"{site} has already passed in {self._where(self._seen_in)}; the run is at {self._spot()} "
+                "now. Replace a value before reading what comes after it."
             )
         new = plain(new)
         old = self._pause.value
-        check_fit(pick(old, site.leaf, site=str(site)) if site.leaf else old, new, site=str(site))
-        self._pause.value = put(old, site.leaf, new, site=str(site)) if site.leaf else new
+        leaf = _leaf_of(site, old)
+        check_fit(pick(old, leaf, site=str(site)) if leaf else old, new, site=str(site))
+        self._pause.value = put(old, leaf, new, site=str(site)) if leaf else new
         self._seen[place] = self._pause.value
 
     def go_to_step(self, step: int) -> Row:
@@ -170,6 +177,19 @@ class Trace:
         self._step = step
         return self._pause.row
 
+    def go_to_next_call(self) -> Row | None:
+        """Let the pipeline run to the start of the next denoiser call; None when there is no more."""
+        self._step = None
+        last, waiting = self._call, self._pause
+        started = waiting is not None and waiting.place is None and waiting.row is not None
+        if not started or (waiting is not None and waiting.row is not None and waiting.row.call == last):
+            self._catch = lambda row: last is None or row.call > last
+            self._resume()
+            self._catch = None
+        row = self._pause.row if self._pause is not None else None
+        self._call = row.call if row is not None else None
+        return row
+
     def leave_steps(self) -> None:
         """Reads after the loop are not bound to its last step."""
         self._step = None
@@ -182,19 +202,30 @@ class Trace:
             self._catch = None
         return self._session.clock.total_steps or self._session.record.ledger.steps
 
+    def _reach(self, site: Site) -> Site:
+        """Let the pipeline run until the value at ``site`` passes, if it has not; return its place."""
+        place = Site(site.path, "inputs" if site.port == "input" else site.port)
+        self._forget_past_calls()
+        if place not in self._seen:
+            self._run_to(place)
+        return place
+
     def _run_to(self, place: Site) -> None:
         components = self._session.system.components
         module = resolve(components, place.path)
         check(components, {place: module})
+        row = self._pause.row if self._pause is not None else None
+        self._within = row if row is not None and _component(place) == row.component else None
+        self._wanted = place
         hook = self._hook_once(place, module)
         try:
             self._resume()
         finally:
+            within, self._within, self._wanted = self._within, None, None
             self._session.rig.drop(module, hook)
         if self._pause is None or self._pause.place != place:
-            passed = (
-                f"did not pass again in {self._where()}" if self._step is not None else "was never reached"
-            )
+            bound = self._step is not None or within is not None
+            passed = f"did not pass again in {self._where(within)}" if bound else "was never reached"
             raise OutOfOrderError(
                 f"{place} {passed}; the run is at {self._spot()}. Values can be read in the order the model "
                 "computes them, once each call."
@@ -203,19 +234,31 @@ class Trace:
     def _hook_once(self, place: Site, module: nn.Module) -> Owned:
         self._keep_hookable(place.path)
 
-        def pass_by(value: Any) -> Any:
-            if place in self._seen and self._seen_in is self._session.clock.row:
-                return value
-            pause = Pause(self._session.clock.row, place, value)
-            self._seen_in = pause.row
-            self._seen[place] = value
-            self._wait(pause)
-            return pause.value
-
-        hook: Owned = hook_port(self._session.rig, module, place.port, pass_by)
+        hook: Owned = hook_port(self._session.rig, module, place.port, lambda value: self._pass(place, value))
         if module in self._session.system.denoisers.values():
             self._session.clock.watch_exits(self._session.rig)
         return hook
+
+    def _open_entrances(self, rig: Rig) -> None:
+        """Watch what each denoiser is called with.
+
+        The pipeline waits for a step in a hook before the denoiser's forward, where it is too late for
+        another hook of the same kind.
+        """
+        for name, module in self._session.system.denoisers.items():
+            place = Site(name, "inputs")
+            hook_port(rig, module, "inputs", partial(self._pass, place))
+
+    def _pass(self, place: Site, value: Any) -> Any:
+        """In the pipeline: hand a value over, if it is the one that is waited for."""
+        row = self._session.clock.row
+        if self._wanted != place or (place in self._seen and self._seen_in is row):
+            return value
+        pause = Pause(row, place, value)
+        self._seen_in = row
+        self._seen[place] = value
+        self._wait(pause)
+        return pause.value
 
     def _keep_hookable(self, path: str) -> None:
         """Give every module around ``path`` a hook that does nothing.
@@ -231,7 +274,8 @@ class Trace:
 
     def _call_starts(self, row: Row) -> None:
         left_step = self._step is not None and row.step > self._step
-        if left_step or (self._catch is not None and self._catch(row)):
+        left_call = self._within is not None and row.call > self._within.call
+        if left_step or left_call or (self._catch is not None and self._catch(row)):
             self._wait(Pause(row))
 
     def _wait(self, pause: Pause) -> None:
@@ -276,7 +320,9 @@ class Trace:
             self._seen.clear()
             self._seen_in = self._pause.row
 
-    def _where(self) -> str:
+    def _where(self, row: Row | None) -> str:
+        if row is not None:
+            return f"step {row.step}, call {row.call}"
         return "this call" if self._step is None else f"step {self._step}"
 
     def _spot(self) -> str:
@@ -288,6 +334,18 @@ class Trace:
             if self._pause.row is None
             else f"{at}, step {self._pause.row.step}, call {self._pause.row.call}"
         )
+
+
+def _component(place: Site) -> str:
+    return place.path.partition(".")[0]
+
+
+def _leaf_of(site: Site, value: Any) -> Leaf:
+    """Return a site's selector in what is kept at its place: an ``input`` is the first of the ``inputs``."""
+    if site.port != "input":
+        return site.leaf
+    args, kwargs = value
+    return (0, 0, *site.leaf) if args else (1, next(iter(kwargs)), *site.leaf)
 
 
 def _nothing(*_: Any) -> None:
