@@ -37,7 +37,7 @@ class Tick:
     pred_x0: torch.Tensor | None
 
 
-Guided = Callable[[int, int, torch.Tensor], torch.Tensor]
+Guided = Callable[[int, int, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Clock:
@@ -47,7 +47,7 @@ class Clock:
     branches. ``started`` is called with each row as the denoiser is entered, ``finished`` with the row and
     what
     it returned, ``ticked`` with each tick and the latents after it, ``guided`` may replace the
-    prediction that the scheduler is handed.
+    prediction that the scheduler is handed with the latents.
     """
 
     def __init__(self, system: System, rows: int | None) -> None:
@@ -140,7 +140,7 @@ class Clock:
         ) -> Any:
             index, at = self.ticks, self.step_of(self.ticks, scheduler)
             if self.guided is not None:
-                model_output = self.guided(index, at, model_output)
+                model_output = self.guided(index, at, model_output, sample)
             when = float(timestep)
             self._confirm(scheduler, when)
             tick = Tick(

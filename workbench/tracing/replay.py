@@ -77,14 +77,15 @@ class Replay:
         alike = [each for each in same if each.branches == row.branches and each.component == row.component]
         return (alike or same)[0]
 
-    def _guided(self, tick: int, step: int, computed: torch.Tensor) -> torch.Tensor:
+    def _guided(self, tick: int, step: int, computed: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         if step >= self.until:
             return computed
-        recorded = self.record.ticks[tick]["noise_pred"]
+        recorded, left = self.record.ticks[tick]["noise_pred"], self.record.ticks[tick]["latents"]
         assert recorded is not None
-        if recorded.shape != computed.shape:
+        assert left is not None
+        if left.shape != latents.shape:
             raise ShapeError(
-                f"The recorded run made samples of {describe(recorded)}, this one {describe(computed)}. "
+                f"The recorded run made samples of {describe(left)}, this one asks for {describe(latents)}. "
                 "A fork keeps the size and the number of samples."
             )
         return recorded.to(computed.device, computed.dtype)
