@@ -21,8 +21,8 @@ from torch.overrides import TorchFunctionMode
 from workbench.attention.geometry import Scope, is_attention, scope_of
 from workbench.attention.maps import AttentionMaps
 from workbench.attention.words import Reading, reading, words_of
-from workbench.errors import GuardError, UnknownNameError, nearest
-from workbench.tracing.ledger import ALL, Row
+from workbench.errors import GuardError, InputError, UnknownNameError, nearest
+from workbench.tracing.ledger import Row
 from workbench.tracing.record import Record
 from workbench.tracing.session import Session
 from workbench.tracing.sites import modules
@@ -66,6 +66,9 @@ class Attention:
         if run is None:
             return
         layers = {path: torch.stack(maps) for path, maps in run.maps.items()}
+        for path in self.sites or ():
+            if path in run.wordless and path not in layers:
+                raise InputError(f"{path} does not attend to text, so there is no map of words.")
         if not layers and not run.seen:
             raise GuardError(
                 "No attention went through scaled_dot_product_attention. Sliced attention and other backends "
@@ -73,7 +76,8 @@ class Attention:
                 "set_attention_backend('native')."
             )
         length = max((maps.shape[1] for maps in layers.values()), default=0)
-        record.attention = AttentionMaps(layers, list(run.rows.values()), words_of(run.readings, length))
+        words = words_of(run.readings, length)
+        record.attention = AttentionMaps(layers, list(run.rows.values()), words, run.layer_rows)
 
 
 class _Run:
@@ -87,6 +91,8 @@ class _Run:
         self.outer: dict[str, dict[str, Any]] = {}
         self.maps: dict[str, list[torch.Tensor]] = {}
         self.rows: dict[int, Row] = {}
+        self.layer_rows: dict[str, list[Row]] = {}
+        self.wordless: set[str] = set()
         self.readings: list[Reading] = []
         self.seen = False
 
@@ -101,15 +107,18 @@ class _Run:
             if isinstance(component, nn.Module) and name not in self.session.system.denoisers:
                 self._watch_reader(name, component)
 
-    def wanted_rows(self, size: int) -> slice | None:
-        """Return which rows of this call's batch are wanted, or None."""
+    def wanted_row(self) -> Row | None:
+        """Return the ledger row of this call if it is wanted."""
         row = self.session.clock.row
         if row is None or self.session.replaying(row) or not row.has(self.asked.branch):
             return None
-        if not covers(self.steps, row, self.session.clock.total_steps):
-            return None
+        return row if covers(self.steps, row, self.session.clock.total_steps) else None
+
+    def keep(self, path: str, row: Row, weights: torch.Tensor) -> None:
+        """Keep one layer's weights of one call, ``(tokens, queries)``."""
         self.rows.setdefault(row.call, row)
-        return row.rows(self.asked.branch, size) if self.asked.branch != ALL else slice(0, size)
+        self.layer_rows.setdefault(path, []).append(row)
+        self.maps.setdefault(path, []).append(weights.to("cpu", self.asked.dtype))
 
     def _watch_layer(self, path: str, module: nn.Module, block: nn.Module | None) -> None:
         rig = self.session.rig
@@ -125,8 +134,15 @@ class _Run:
         def leave(*_: Any) -> None:
             self.stack.pop()
 
+        def note_text(_module: nn.Module, _args: Any, _kwargs: Any, output: torch.Tensor) -> None:
+            if self.stack:
+                self.stack[-1].text_keys = output
+
         rig.before(module, enter)
         rig.after(module, leave)
+        for name in ("add_k_proj", "norm_added_k"):
+            if isinstance(getattr(module, name, None), nn.Module):
+                rig.after(getattr(module, name), note_text)
 
     def _watch_reader(self, name: str, component: nn.Module) -> None:
         tokenizer = self.session.system.components.get(name.replace("text_encoder", "tokenizer"))
@@ -161,10 +177,16 @@ class _Intercept(TorchFunctionMode):
 
     def _look(self, scope: Scope, query: torch.Tensor, key: torch.Tensor, *_: Any, **kwargs: Any) -> None:
         self.run.seen = True
-        rows = self.run.wanted_rows(query.shape[0]) if scope.text else None
-        if rows is None:
+        if not scope.text:
+            self.run.wordless.add(scope.path)
             return
+        row = self.run.wanted_row()
+        if row is None:
+            return
+        rows = row.rows(self.run.asked.branch, query.shape[0])
         mask = kwargs.get("attn_mask", _[1] if len(_) > 1 else None)
+        if mask is not None and mask.ndim == 4 and mask.shape[0] == query.shape[0]:
+            mask = mask[rows]
         weights = head_mean(
             query[rows],
             key[rows],
@@ -173,8 +195,7 @@ class _Intercept(TorchFunctionMode):
             scale=kwargs.get("scale"),
             mask=mask,
         )
-        kept = weights[0].T.to("cpu", self.run.asked.dtype)
-        self.run.maps.setdefault(scope.path, []).append(kept)
+        self.run.keep(scope.path, row, weights[0].T)
 
 
 @torch.no_grad()

@@ -18,21 +18,30 @@ class Scope:
         text: how many text tokens there are, 0 for self-attention.
         mixed: whether text and image are one sequence (joint attention).
         text_first: in a mixed sequence, whether the text comes first; None until it is seen.
+        text_keys: the text's own keys, where the layer projects them by themselves.
     """
 
     path: str
     text: int = 0
     mixed: bool = False
     text_first: bool | None = None
+    text_keys: torch.Tensor | None = None
 
     def see_cat(self, tensors: Any) -> None:
         """Learn the order of a mixed sequence from how its two halves are put together."""
         if not self.mixed or self.text_first is not None or len(tensors) != 2:
             return
-        lengths = [set(tensor.shape[1:-1]) if tensor.ndim > 2 else set() for tensor in tensors]
-        first, second = (self.text in each for each in lengths)
+        first, second = (self._has_text_keys(tensor) for tensor in tensors)
+        if first == second:
+            first, second = (tensor.ndim > 2 and self.text in tensor.shape[1:-1] for tensor in tensors)
+        # Where both are as long as the text, the queries say nothing and the keys decide.
         if first != second:
             self.text_first = first
+
+    def _has_text_keys(self, tensor: torch.Tensor) -> bool:
+        if self.text_keys is None:
+            return False
+        return tensor.untyped_storage().data_ptr() == self.text_keys.untyped_storage().data_ptr()
 
     def columns(self, keys: int) -> slice:
         """Return the text's columns among ``keys`` keys."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn import functional
@@ -23,11 +23,18 @@ class AttentionMaps:
             for each query (in joint attention together with the image's own keys).
         rows: the ledger rows of the calls.
         words: the words along the token axis.
+        layer_rows: the rows of a layer that did not run in all of these calls: of two denoisers that
+            take turns, each has its own.
     """
 
     layers: dict[str, torch.Tensor]
     rows: Sequence[Row]
     words: Sequence[Word]
+    layer_rows: Mapping[str, Sequence[Row]] = field(default_factory=dict)
+
+    def rows_of(self, layer: str) -> Sequence[Row]:
+        """Return the ledger rows of one layer's calls."""
+        return self.layer_rows.get(layer, self.rows)
 
     def map(
         self, word: str | int, *, step: int, size: tuple[int, int], layer: str | None = None
@@ -48,20 +55,23 @@ class AttentionMaps:
             InputError: no such step.
         """
         columns = list(find(self.words, word).columns)
-        call = self._call(step)
         if layer is not None and layer not in self.layers:
             raise UnknownNameError(f"No attention map of {layer!r}.{nearest(layer, self.layers)}")
         chosen = [layer] if layer is not None else list(self.layers)
-        maps = [as_image(self.layers[name][call, columns].sum(0), size) for name in chosen]
+        calls = {name: self._calls(name, step) for name in chosen}
+        if not any(calls.values()):
+            kept = ", ".join(map(str, sorted({row.step for row in self.rows}))) or "none"
+            raise InputError(f"No attention was kept at step {step}. Steps that were kept: {kept}.")
+        maps = [
+            as_image(self.layers[name][found[-1], columns].sum(0), size)
+            for name, found in calls.items()
+            if found
+        ]
         finest = max((tuple(each.shape) for each in maps), key=lambda shape: shape[0] * shape[1])
         return torch.stack([resize(each, finest) for each in maps]).mean(0)
 
-    def _call(self, step: int) -> int:
-        calls = [index for index, row in enumerate(self.rows) if row.step == step]
-        if not calls:
-            last = max((row.step for row in self.rows), default=-1)
-            raise InputError(f"No attention was kept at step {step}; there is from 0 to {last}.")
-        return calls[-1]
+    def _calls(self, layer: str, step: int) -> list[int]:
+        return [index for index, row in enumerate(self.rows_of(layer)) if row.step == step]
 
 
 def as_image(weights: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

@@ -28,10 +28,15 @@ def overlay(maps: AttentionMaps, *, lane: int, size: tuple[int, int]) -> dict[st
         ``(layers, steps, words, rows, columns)`` with one scale a layer and word; ``{}`` if no layer's
         queries lie on the image.
     """
-    fitting = {name: each for name, each in maps.layers.items() if grid(each.shape[-1], *size)}
+    fitting = {
+        name: each
+        for name, each in maps.layers.items()
+        if grid(each.shape[-1], *size) and len(each) == len(maps.rows)
+    }
     if not fitting or not maps.words:
         return {}
-    calls = [[row.step for row in maps.rows].index(step) for step in sorted({row.step for row in maps.rows})]
+    # A step of several calls shows its last, as `AttentionMaps.map` does.
+    calls = list({row.step: call for call, row in enumerate(maps.rows)}.values())
     words = _chips(maps.words)
     shape = _finest(fitting, size)
     layers = [_by_step(each, calls, words, size, shape) for each in fitting.values()]

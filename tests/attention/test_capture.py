@@ -1,0 +1,271 @@
+"""Captured maps are the softmax that the kernel computed: by hooks, and by a kernel fed one-hot values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from tests import tiny
+from tests.watching import as_bytes, footprint
+from workbench.attention import capture
+from workbench.attention.capture import Attention, head_mean
+from workbench.errors import GuardError, InputError, UnknownNameError
+from workbench.models.model import DiffusionModel
+
+TOLERANCE = 1e-6
+TEXT = {"sd3": 48, "flux": 24, "flux-cfg": 24, "pixart": 24}
+
+
+@dataclass
+class Seen:
+    """One call of the kernel: the layer it came from and what it was given."""
+
+    path: str
+    query: torch.Tensor
+    key: torch.Tensor
+    mask: torch.Tensor | None
+
+    def weights(self) -> torch.Tensor:
+        """Return the softmax as the kernel itself has it: values that are one-hot come out as weights."""
+        batch, heads, keys, _ = self.key.shape
+        one_hot = torch.eye(keys).expand(batch, heads, keys, keys)
+        return functional.scaled_dot_product_attention(self.query, self.key, one_hot, self.mask)
+
+
+class Kernel(TorchFunctionMode):
+    """Keeps what each attention layer of a denoiser gives to the kernel."""
+
+    def __init__(self, pipeline, denoiser):
+        super().__init__()
+        self.path, self.calls = "", []
+        self.hooks = []
+        for path, module in pipeline.components[denoiser].named_modules(prefix=denoiser):
+            if hasattr(module, "to_q"):
+                self.hooks.append(module.register_forward_pre_hook(lambda *_, at=path: self.enter(at)))
+        self.hooks.append(pipeline.components[denoiser].register_forward_hook(lambda *_: self.enter("")))
+
+    def enter(self, path):
+        self.path = path
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is functional.scaled_dot_product_attention and self.path:
+            given = {**dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)), **kwargs}
+            seen = Seen(self.path, given["query"].clone(), given["key"].clone(), given.get("attn_mask"))
+            self.calls.append(seen)
+        return func(*args, **kwargs)
+
+    def __exit__(self, *error):
+        for hook in self.hooks:
+            hook.remove()
+        return super().__exit__(*error)
+
+    def of(self, path):
+        return [call for call in self.calls if call.path == path]
+
+
+def watched(name, **asked):
+    case = tiny.CASES[name]
+    pipeline = case.build()
+    denoiser = "unet" if hasattr(pipeline, "unet") else "transformer"
+    with Kernel(pipeline, denoiser) as kernel:
+        record = DiffusionModel(pipeline).record(**case.arguments, seed=0, capture=[Attention(**asked)])
+    return record, kernel
+
+
+def test_cross_attention_is_the_softmax_of_the_projections():
+    pipeline = tiny.sd1()
+    path = "unet.mid_block.attentions.0.transformer_blocks.0.attn2"
+    layer = pipeline.unet.get_submodule(path.removeprefix("unet."))
+    queries, keys = [], []
+    hooks = [
+        layer.to_q.register_forward_hook(lambda _m, _i, out: queries.append(out.clone())),
+        layer.to_k.register_forward_hook(lambda _m, _i, out: keys.append(out.clone())),
+    ]
+    record = DiffusionModel(pipeline).record(**tiny.CASES["sd1"].arguments, seed=0, capture=[Attention()])
+    for hook in hooks:
+        hook.remove()
+    assert len(queries) == 4
+    for call, (query, key) in enumerate(zip(queries, keys, strict=True)):
+        # Row 0 of the batch is without words, row 1 with them.
+        query, key = (each[1].unflatten(-1, (layer.heads, -1)).transpose(0, 1) for each in (query, key))
+        weights = torch.softmax(query @ key.transpose(-1, -2) * layer.scale, -1).mean(0)
+        kept = record.attention.layers[path][call]
+        assert kept.shape == (24, 16)
+        assert (kept - weights.T).abs().max() <= TOLERANCE
+        without = torch.softmax(queries[call][0] @ keys[call][0].T * layer.scale, -1)
+        assert (kept - without.T).abs().max() > TOLERANCE
+
+
+def test_where_all_keys_are_words_the_weights_sum_to_one():
+    record, _ = watched("sd1")
+    for maps in record.attention.layers.values():
+        assert torch.allclose(maps.sum(1), torch.ones(4, maps.shape[-1]), atol=1e-5)
+    joint, _ = watched("sd3")
+    for maps in joint.attention.layers.values():
+        assert (maps.sum(1) < 0.999).all()
+        assert (maps.sum(1) > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "text_first", "layers"),
+    [
+        ("sd3", False, 2),
+        ("flux", True, 2),
+        ("flux-cfg", True, 2),
+    ],
+)
+def test_joint_attention_is_what_the_kernel_computed(name, text_first, layers):
+    record, kernel = watched(name)
+    text = TEXT[name]
+    assert len(record.attention.layers) == layers
+    calls = {row.call: row for row in record.ledger if "cond" in row.branches}
+    assert [row.call for row in record.attention.rows] == list(calls)
+    for path, maps in record.attention.layers.items():
+        seen = kernel.of(path)
+        assert len(seen) == len(record.ledger)
+        for index, row in enumerate(calls.values()):
+            weights = seen[row.call].weights()[row.branches.index("cond")].mean(0)
+            words = slice(0, text) if text_first else slice(-text, None)
+            image = slice(text, None) if text_first else slice(0, -text)
+            assert (maps[index] - weights[image, words].T).abs().max() <= TOLERANCE
+            assert (maps[index] - weights[image, words].T.flip(0)).abs().max() > TOLERANCE
+
+
+@pytest.mark.parametrize(("name", "length"), [("sd3", 40), ("flux", 16)])
+def test_order_is_known_also_where_text_and_image_are_equally_long(name, length):
+    case = tiny.CASES[name]
+    pipeline = case.build()
+    arguments = {**case.arguments, "max_sequence_length": length, "num_inference_steps": 1}
+    with Kernel(pipeline, "transformer") as kernel:
+        record = DiffusionModel(pipeline).record(**arguments, seed=0, capture=[Attention()])
+    path, maps = next(iter(record.attention.layers.items()))
+    weights = kernel.of(path)[0].weights()[-1].mean(0)
+    half = weights.shape[0] // 2
+    assert maps.shape[1:] == (half, half)
+    first, second = slice(0, half), slice(half, None)
+    image, words = (second, first) if name == "flux" else (first, second)
+    assert (maps[0] - weights[image, words].T).abs().max() <= TOLERANCE
+    assert (maps[0] - weights[words, image].T).abs().max() > TOLERANCE
+
+
+def test_masked_padding_is_the_branchs_own():
+    """PixArt masks padding, and the negative prompt's mask is another than the prompt's."""
+    record, kernel = watched("pixart")
+    for path, maps in record.attention.layers.items():
+        for call, seen in enumerate(kernel.of(path)):
+            mean = seen.weights().mean(1)
+            assert (maps[call] - mean[1].T).abs().max() <= TOLERANCE
+            other = Seen(path, seen.query[1:], seen.key[1:], seen.mask[:1]).weights().mean(1)
+            assert (maps[call] - other[0].T).abs().max() > TOLERANCE
+
+
+def test_other_branch_is_the_other_row():
+    cond, kernel = watched("sd1")
+    uncond, _ = watched("sd1", branch="uncond")
+    path = next(iter(cond.attention.layers))
+    expected = kernel.of(path)[0].weights()[0].mean(0).T
+    assert (uncond.attention.layers[path][0] - expected).abs().max() <= TOLERANCE
+    assert (cond.attention.layers[path][0] - expected).abs().max() > TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd3", "flux-cfg"])
+def test_looking_at_attention_changes_no_byte_and_leaves_nothing(name):
+    case = tiny.CASES[name]
+    pipeline = case.build()
+    bare = pipeline(**case.arguments, generator=torch.Generator("cpu").manual_seed(0))
+    before = footprint(pipeline)
+    record = DiffusionModel(pipeline).record(**case.arguments, seed=0, capture=[Attention()])
+    assert as_bytes(record.images) == as_bytes(bare.images)
+    assert footprint(pipeline) == before
+    assert record.attention.layers
+
+
+def test_only_the_asked_steps_and_sites_are_kept():
+    whole, _ = watched("sd1")
+    path = "unet.mid_block.attentions.0.transformer_blocks.0.attn2"
+    some, _ = watched("sd1", sites=[path], steps=[1, -1])
+    assert list(some.attention.layers) == [path]
+    assert [row.step for row in some.attention.rows] == [1, 3]
+    assert torch.equal(some.attention.layers[path], whole.attention.layers[path][[1, 3]])
+    with pytest.raises(InputError, match="Steps that were kept: 1, 3"):
+        some.attention.map("red", step=0, size=(16, 16))
+
+
+def test_step_the_run_does_not_have_is_refused():
+    with pytest.raises(InputError, match="4 steps"):
+        watched("sd1", steps=[7])
+
+
+def test_unknown_layer_names_the_nearest():
+    with pytest.raises(
+        UnknownNameError, match=r"unet\.mid_block\.attentions\.0\.transformer_blocks\.0\.attn2"
+    ):
+        watched("sd1", sites=["unet.mid_block.attentions.0.transformer_blocks.0.attn3"])
+    with pytest.raises(UnknownNameError, match="is no attention layer"):
+        watched("sd1", sites=["unet.mid_block"])
+
+
+def test_layer_that_sees_no_words_is_refused():
+    with pytest.raises(InputError, match="attn1 does not attend to text"):
+        watched("sd1", sites=["unet.mid_block.attentions.0.transformer_blocks.0.attn1"])
+
+
+def test_sliced_attention_is_refused_by_name():
+    pipeline = tiny.sd1()
+    pipeline.enable_attention_slicing(1)
+    with pytest.raises(GuardError, match="disable_attention_slicing"):
+        DiffusionModel(pipeline).record(**tiny.CASES["sd1"].arguments, capture=[Attention()])
+    pipeline.disable_attention_slicing()
+    record = DiffusionModel(pipeline).record(**tiny.CASES["sd1"].arguments, capture=[Attention()])
+    assert record.attention.layers
+
+
+def test_each_layer_keeps_its_own_calls_where_two_denoisers_take_turns():
+    record, _ = watched("wan22")
+    first = [row.call for row in record.ledger if row.component == "transformer" and row.has("cond")]
+    second = [row.call for row in record.ledger if row.component == "transformer_2" and row.has("cond")]
+    assert first
+    assert second
+    for path, maps in record.attention.layers.items():
+        calls = first if path.startswith("transformer.") else second
+        assert len(maps) == len(calls)
+        assert [row.call for row in record.attention.rows_of(path)] == calls
+
+
+def plain(query, key, scale, mask=None):
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    logits = torch.einsum("bhqd,bhkd->bhqk", query, key) * scale
+    if mask is not None:
+        logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
+    return torch.exp(logits) / torch.exp(logits).sum(-1, keepdim=True)
+
+
+MASKS = {
+    "none": lambda draw: None,
+    "keys": lambda draw: torch.tensor([True] * 5 + [False] * 4),
+    "boolean": lambda draw: torch.randn(1, 1, 7, 9, generator=draw) > -1,
+    "additive": lambda draw: torch.randn(2, 1, 1, 9, generator=draw),
+    "each head": lambda draw: torch.randn(2, 4, 7, 9, generator=draw),
+}
+
+
+@pytest.mark.parametrize("chunk", [1, 200, 1 << 24])
+@pytest.mark.parametrize("heads", [4, 2, 1])
+@pytest.mark.parametrize("mask", list(MASKS))
+def test_head_mean_is_the_plain_formula(monkeypatch, mask, heads, chunk):
+    monkeypatch.setattr(capture, "_CHUNK", chunk)
+    draw = torch.Generator().manual_seed(1)
+    query = torch.randn(2, 4, 7, 8, generator=draw)
+    key = torch.randn(2, heads, 9, 8, generator=draw)
+    given = MASKS[mask](draw)
+    found = head_mean(query, key, queries=slice(2, 7), columns=slice(1, 6), scale=0.5, mask=given)
+    expected = plain(query, key, 0.5, given).mean(1)[:, 2:7, 1:6]
+    assert found.shape == (2, 5, 5)
+    assert (found - expected).abs().max() <= TOLERANCE
+    unscaled = head_mean(query, key, queries=slice(2, 7), columns=slice(1, 6), mask=given)
+    assert (unscaled - plain(query, key, 8**-0.5, given).mean(1)[:, 2:7, 1:6]).abs().max() <= TOLERANCE

@@ -1,0 +1,106 @@
+"""From token ids back to the words of the prompt."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests import tiny
+from workbench.attention.capture import Attention
+from workbench.attention.words import Reading, Word, find, reading, words_of
+from workbench.errors import UnknownNameError
+from workbench.models.model import DiffusionModel
+
+
+def clip(prompt):
+    tokenizer = tiny.clip_tokenizer()
+    return reading(tokenizer(prompt, padding="max_length", return_tensors="pt").input_ids, tokenizer)
+
+
+def t5(prompt, length=24):
+    tokenizer = tiny.t5_tokenizer()
+    made = tokenizer(prompt, padding="max_length", max_length=length, return_tensors="pt")
+    return reading(made.input_ids, tokenizer)
+
+
+def test_clip_words_start_and_end_and_padding():
+    words = words_of([clip("a red circle")], 24)
+    assert [word.text for word in words] == ["start", "a", "red", "circle", "end", *["padding"] * 19]
+    assert [word.special for word in words] == [True, False, False, False, True, *[True] * 19]
+    assert [word.columns for word in words] == [(column,) for column in range(24)]
+
+
+def test_clip_pieces_are_joined():
+    words = words_of([clip("a zebra left")], 24)
+    assert [word.text for word in words if not word.special] == ["a", "zebra", "left"]
+    zebra = find(words, "zebra")
+    assert zebra.columns == tuple(range(2, 2 + len(zebra.columns)))
+    assert len(zebra.columns) > 1
+    assert find(words, "left").columns == (2 + len(zebra.columns),)
+
+
+def test_t5_pieces_are_joined():
+    words = words_of([t5("a zebra left")], 24)
+    assert [word.text for word in words[:4]] == ["a", "zebra", "left", "end"]
+    assert len(words[1].columns) > 1
+    assert words[2].columns == (words[1].columns[-1] + 1,)
+    assert {word.text for word in words[4:]} == {"padding"}
+
+
+def test_every_column_belongs_to_one_word():
+    for prompt in ("a red circle", "zebra, zebra!", "a"):
+        for made in (clip(prompt), t5(prompt)):
+            columns = [column for word in words_of([made], 24) for column in word.columns]
+            assert columns == list(range(24))
+
+
+def test_two_encoders_after_each_other():
+    words = words_of([clip("a red circle"), clip("a red circle"), t5("a red circle")], 48)
+    assert [word.columns for word in words if word.text == "red"] == [(2,), (25,)]
+    assert find(words, "red").columns == (2,)
+
+
+def test_one_of_two_encoders_by_its_length():
+    words = words_of([clip("a red circle"), t5("a red circle", 16)], 16)
+    assert find(words, "red").columns == (1,)
+    assert len(words) == 16
+
+
+def test_text_nobody_accounts_for_is_special():
+    words = words_of([clip("a red circle")], 7)
+    assert words == [Word("·", (column,), special=True) for column in range(7)]
+
+
+def test_word_by_place_or_by_text_in_any_case():
+    words = words_of([clip("a red circle")], 24)
+    assert find(words, 2) == find(words, "Red") == find(words, " red ") == Word("red", (2,))
+    assert find(words, -1).text == "padding"
+
+
+def test_unknown_word_names_the_nearest():
+    words = words_of([clip("a red circle")], 24)
+    with pytest.raises(UnknownNameError, match="Did you mean 'circle'"):
+        find(words, "sircle")
+    with pytest.raises(UnknownNameError, match="There are: 'a', 'red', 'circle'"):
+        find(words, "xylophone")
+    with pytest.raises(UnknownNameError):
+        find(words, "start")
+    with pytest.raises(UnknownNameError):
+        find(words, 24)
+
+
+def test_reading_is_of_the_first_prompt():
+    made = reading(torch.tensor([[1, 2], [3, 4]]), None)
+    assert made == Reading((1, 2), None)
+
+
+@pytest.mark.parametrize(
+    ("name", "columns"), [("sd1", [(2,)]), ("sd3", [(2,), (25,)]), ("flux", [(1,)]), ("pixart", [(1,)])]
+)
+def test_pipelines_words_stand_where_their_encoders_put_them(name, columns):
+    case = tiny.CASES[name]
+    arguments = {**case.arguments, "num_inference_steps": 1}
+    record = DiffusionModel(case.build()).record(**arguments, capture=[Attention()])
+    words = record.attention.words
+    assert [word.columns for word in words if word.text == "red"] == columns
+    assert sum(len(word.columns) for word in words) == next(iter(record.attention.layers.values())).shape[1]
