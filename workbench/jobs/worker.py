@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import atexit
-import itertools
-import queue
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from typing import Any
 
 import torch
@@ -43,11 +41,14 @@ class Job:
         self.priority = priority
         self._stop = threading.Event()
         self._future: Future[Any] = Future()
+        self._error: BaseException | None = None
+        self._calls: list[Callable[[Job], None]] = []
 
     def stop(self) -> None:
         """Ask the job to end before its next denoiser call."""
         self._stop.set()
-        self._future.cancel()
+        if not self._future.cancelled() and self._future.cancel():
+            self._tell()
 
     @property
     def stopping(self) -> bool:
@@ -60,16 +61,27 @@ class Job:
         return self._future.done()
 
     def result(self, timeout: float | None = None) -> Any:
-        """Wait for the job and return what it returned, or raise what it raised."""
-        return self._future.result(timeout)
+        """Wait for the job and return what it returned, or raise what it raised.
+
+        Raises:
+            RunStopped: it was dropped before it began.
+            TimeoutError: it has not ended in ``timeout`` seconds.
+        """
+        try:
+            return self._future.result(timeout)
+        except CancelledError:
+            raise RunStopped(f"The {self.label} was dropped before it began.") from None
 
     def when_done(self, call: Callable[[Job], None]) -> None:
-        """Call ``call(job)`` once the job has ended."""
-        self._future.add_done_callback(lambda _: call(self))
+        """Call ``call(job)`` when the job ends, before whoever waits for it goes on.
+
+        Ask before the job is submitted.
+        """
+        self._calls.append(call)
 
     def error(self) -> BaseException | None:
-        """Return what the ended job raised, or None."""
-        return None if self._future.cancelled() else self._future.exception()
+        """Return what the job raised, or None."""
+        return self._error
 
     def started(self, row: Row) -> None:
         """Raise at the start of a denoiser call if asked to end (see `Listener`)."""
@@ -85,60 +97,76 @@ class Job:
         """Do the work; called by the worker."""
         if not self._future.set_running_or_notify_cancel():
             return
+        value = None
         try:
-            self._future.set_result(self._work(self))
+            value = self._work(self)
         except BaseException as error:  # noqa: BLE001 - it belongs to whoever waits for the result
-            self._future.set_exception(error)
+            self._error = error
+        try:
+            self._tell()
+        finally:
+            if self._error is None:
+                self._future.set_result(value)
+            else:
+                self._future.set_exception(self._error)
+
+    def _tell(self) -> None:
+        calls, self._calls = self._calls, []
+        for call in calls:
+            call(self)
 
 
 class Worker:
-    """A daemon thread with a queue; urgent jobs go before patient ones."""
+    """A daemon thread that does one job at a time; urgent jobs go before patient ones."""
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._queue: queue.PriorityQueue[tuple[int, int, Job | None]] = queue.PriorityQueue()
-        self._order = itertools.count()
-        self._current: Job | None = None
+        self._jobs: list[Job] = []
+        self._running: Job | None = None
+        self._closed = False
+        self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
-        self._lock = threading.Lock()
 
     @property
     def busy(self) -> bool:
         """Whether an urgent job is running or waiting."""
-        running = self._current is not None and self._current.priority == URGENT
-        return running or self.waiting(URGENT) > 0
+        with self._changed:
+            return any(job.priority == URGENT and not job.done for job in self._jobs)
 
-    def waiting(self, priority: int) -> int:
-        """Return how many jobs of a priority wait."""
-        with self._queue.mutex:
-            return sum(1 for waiting, _, job in self._queue.queue if job is not None and waiting == priority)
+    def waiting(self, label: str) -> int:
+        """Return how many jobs of a label wait."""
+        with self._changed:
+            return sum(1 for job in self._jobs if job is not self._running and job.label == label)
 
     def submit(self, job: Job) -> Job:
-        """Put a job in the queue and return it."""
-        with self._lock:
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
-                self._thread.start()
-                atexit.register(self._leave_with_interpreter)
-        self._queue.put((job.priority, next(self._order), job))
+        """Put a job in the queue and return it; a closed worker drops it at once."""
+        with self._changed:
+            closed = self._closed
+            if not closed:
+                self._jobs.append(job)
+                self._changed.notify()
+                if self._thread is None:
+                    self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+                    self._thread.start()
+                    atexit.register(self._leave_with_interpreter)
+        if closed:
+            job.stop()
         return job
 
     def stop(self) -> None:
         """Stop the job that runs and drop those that wait."""
-        while True:
-            try:
-                _, _, waiting = self._queue.get_nowait()
-            except queue.Empty:
-                break
-            if waiting is not None:
-                waiting.stop()
-        if self._current is not None:
-            self._current.stop()
+        with self._changed:
+            jobs = self._jobs
+            self._jobs = [job for job in jobs if job is self._running]
+        for job in jobs:
+            job.stop()
 
     def close(self) -> None:
         """Stop everything and let the thread end."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
         self.stop()
-        self._queue.put((PATIENT, next(self._order), None))
         atexit.unregister(self._leave_with_interpreter)
 
     def _leave_with_interpreter(self) -> None:
@@ -148,14 +176,19 @@ class Worker:
             self._thread.join(timeout=5)
 
     def _work(self) -> None:
-        while True:
-            _, _, job = self._queue.get()
-            if job is None:
-                return
-            self._current = job
+        while (job := self._next()) is not None:
             try:
                 job.run()
             finally:
-                self._current = None
+                with self._changed:
+                    self._jobs.remove(job)
+                    self._running = None
             # An idle worker must not keep the last run's tensors alive.
             del job
+
+    def _next(self) -> Job | None:
+        """Wait for a job and return it, the first of the most urgent; None when there will be no more."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._jobs or self._closed)
+            self._running = min(self._jobs, key=lambda job: job.priority, default=None)
+            return self._running

@@ -85,7 +85,7 @@ class Workbench:
             source=source,
             target=target,
             seed=seed,
-            steps=int(steps or own.get("num_inference_steps") or 20),
+            steps=own.get("num_inference_steps") or 20 if steps is None else steps,
             guidance=float(guidance or 0.0),
             can_guide="guidance_scale" in own,
         )
@@ -158,13 +158,14 @@ class Workbench:
             InputError: there are no runs to patch between yet, or no such step.
             UnknownNameError: no such site or window.
         """
-        pair = self._need_pair()
+        pair, wanted = self._need_pair(), Site.parse(site)
+        self.model.site(wanted.path)
+        if not 0 <= step < pair.map.steps:
+            raise InputError(f"The runs have {pair.map.steps} steps, counted from 0; {step} is none of them.")
         if window is not None:
             self.set_window(window)
-        row = self._row_of(pair, site)
-        pair.map.patch_of(row, step)
         self._say("running", error={})
-        return self._submit("patch", lambda job: self._show_cell(job, row, step))
+        return self._submit("patch", lambda job: self._show_cell(job, pair, wanted, step))
 
     def fill(self) -> list[Job]:
         """Compute every cell of the map not computed yet, between whatever else is asked for."""
@@ -201,15 +202,19 @@ class Workbench:
         if format not in FORMATS:
             raise UnknownNameError(f"No format {format!r}.{nearest(format, FORMATS)}")
         written = _free_path(FORMATS[format]) if path is None else Path(path)
-        if format == "experiment":
-            return self.experiment.save(written)
-        if format == "workbench":
-            code = workbench_code(self.experiment)
-        else:
-            pair = self._need_pair()
-            code = standalone_code(self.experiment, pair.source, pair.target)
-        written.write_text(code, encoding="utf-8")
+        try:
+            if format == "experiment":
+                return self.experiment.save(written)
+            written.write_text(self._script(format), encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"{written} cannot be written: {error.strerror or error}") from error
         return written
+
+    def _script(self, format: str) -> str:
+        if format == "workbench":
+            return workbench_code(self.experiment)
+        pair = self._need_pair()
+        return standalone_code(self.experiment, pair.source, pair.target)
 
     def close(self) -> None:
         """Stop what runs, end the worker and let go of the views."""
@@ -253,9 +258,7 @@ class Workbench:
         return handle
 
     def _cell_clicked(self, row: int, column: int) -> None:
-        pair = self._need_pair()
-        pair.map.patch_of(row, column)
-        self._submit("patch", lambda job: self._show_cell(job, row, column))
+        self.patch(self.map.sites[row], column)
 
     def _export_clicked(self, format: str) -> None:
         self.code.status = f"saved to {self.export(format)}"
@@ -285,13 +288,23 @@ class Workbench:
         self.map.noise_floor = pair.floor[0]
         self._draw_images()
 
-    def _show_cell(self, job: Job, row: int, column: int) -> Cell:
-        pair = self._need_pair()
+    def _show_cell(self, job: Job, pair: Pair, site: Site, column: int) -> Cell:
+        if pair is not self._pair:
+            raise RunStopped("The runs that this patch was asked for are no longer on screen.")
+        added = site not in pair.map.sites
+        if added:
+            pair.map.sites.append(site)
+            self._draw_map(pair)
+        row = pair.map.sites.index(site)
         self.map.busy = [row, column]
         try:
             cell = pair.map.compute(row, column, job)
+            added = False
         finally:
             self.map.busy = []
+            if added:
+                pair.map.sites.remove(site)
+                self._draw_map(pair)
         self._cell = cell
         self.map.selected = [row, column]
         self._draw_map(pair)
@@ -302,6 +315,8 @@ class Workbench:
 
     def _filling(self, pair: Pair, row: int, column: int, done: int, total: int) -> Callable[[Job], None]:
         def fill(job: Job) -> None:
+            if pair is not self._pair:
+                return
             self.map.busy = [row, column]
             try:
                 pair.map.compute(row, column, job)
@@ -352,7 +367,7 @@ class Workbench:
             self._say("idle" if isinstance(error, RunStopped) else "error", error=_spell(error))
         elif urgent:
             self._say("done" if error is None and not job.stopping else "idle")
-        if job.label == "map" and not self._worker.waiting(PATIENT):
+        if job.label == "map" and not self._worker.waiting("map"):
             self.map.status = "idle"
 
     def _keep_partial(self, stopped: RunStopped) -> None:
@@ -461,14 +476,6 @@ class Workbench:
         if self._pair is None:
             raise InputError("There are no runs yet to patch between. Run first: bench.run()")
         return self._pair
-
-    def _row_of(self, pair: Pair, site: str) -> int:
-        wanted = Site.parse(site)
-        if wanted not in pair.map.sites:
-            self.model.site(wanted.path)
-            pair.map.sites.append(wanted)
-            self._draw_map(pair)
-        return pair.map.sites.index(wanted)
 
 
 class _Pace:
