@@ -3,9 +3,10 @@
 import pytest
 
 from tests.widgets import scene
+from workbench.experiments.windows import window as steps_of
 from workbench.widgets.code import CodeView
 from workbench.widgets.images import ImageStrip
-from workbench.widgets.patch_map import PatchMap, window_steps
+from workbench.widgets.patch_map import PatchMap
 from workbench.widgets.scrubber import StepScrubber
 from workbench.widgets.tree import ComponentTree
 
@@ -302,7 +303,7 @@ class TestPatchMap:
             ticks = shown.page.locator(".map-axis span").evaluate_all(
                 "all => all.map(one => one.classList.contains('on'))"
             )
-            covered = window_steps(window, column, scene.STEPS)
+            covered = steps_of(window, column, scene.STEPS)
             assert [i for i, on in enumerate(ticks) if on] == list(covered)
 
     @pytest.mark.parametrize(

@@ -2,42 +2,11 @@ import numpy as np
 import pytest
 
 from tests.widgets import scene
-from workbench.errors import InputError, UnknownNameError
+from workbench.errors import InputError
 from workbench.widgets.colour import coloured
-from workbench.widgets.patch_map import WINDOWS, PatchMap, window_steps
+from workbench.widgets.patch_map import PatchMap
 from workbench.widgets.scrubber import StepScrubber
 from workbench.widgets.tree import ComponentTree
-
-
-@pytest.mark.parametrize(
-    ("window", "column", "covered"),
-    [
-        ("1", 7, range(7, 8)),
-        ("quarter", 7, range(5, 10)),
-        ("quarter", 0, range(3)),
-        ("quarter", 19, range(17, 20)),
-        ("half", 10, range(6, 16)),
-        ("to here", 7, range(8)),
-        ("from here", 7, range(7, 20)),
-    ],
-)
-def test_window_covers(window, column, covered):
-    assert window_steps(window, column, 20) == covered
-
-
-@pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("steps", [1, 2, 3, 7, 20])
-def test_every_window_covers_its_own_column_and_stays_inside(window, steps):
-    for column in range(steps):
-        covered = window_steps(window, column, steps)
-        assert column in covered
-        assert covered[0] >= 0
-        assert covered[-1] < steps
-
-
-def test_unknown_window_lists_the_known():
-    with pytest.raises(UnknownNameError, match="quarter"):
-        window_steps("quater", 0, 20)
 
 
 def test_map_gives_back_what_it_shows():

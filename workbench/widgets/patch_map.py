@@ -11,11 +11,10 @@ import traitlets as t
 from PIL import Image, ImageDraw
 from pydantic import Field
 
-from workbench.errors import UnknownNameError, nearest
+from workbench.experiments.windows import WINDOWS
 from workbench.widgets.colour import coloured
 from workbench.widgets.element import Element, Message
 
-WINDOWS = ("1", "quarter", "half", "to here", "from here")
 Index = Annotated[int, Field(ge=0)]
 
 
@@ -46,33 +45,6 @@ class Window(Message):
     value: Literal["1", "quarter", "half", "to here", "from here"]
 
 
-def window_steps(window: str, column: int, steps: int) -> range:
-    """The steps that a patch at a column covers: ``quarter`` and ``half`` lie around it, cut at the ends.
-
-    Args:
-        window: one of :data:`WINDOWS`.
-        column: the step of the cell.
-        steps: how many steps there are.
-
-    Returns:
-        The steps, ascending; never empty for a column inside the map.
-
-    Raises:
-        UnknownNameError: no such window.
-    """
-    if window not in WINDOWS:
-        raise UnknownNameError(f"There is no window {window!r}.{nearest(window, WINDOWS)}")
-    if window == "to here":
-        return range(column + 1)
-    if window == "from here":
-        return range(column, steps)
-    share = {"quarter": 4, "half": 2}.get(window)
-    # Not round(): it rounds halves to even, the browser's Math.round up.
-    width = max(1, int(steps / share + 0.5)) if share else 1
-    first = column - (width - 1) // 2
-    return range(max(0, first), min(steps, first + width))
-
-
 class PatchMap(Element):
     """Each cell is the effect of one patch; a click computes it, hovering reads it.
 
@@ -84,7 +56,7 @@ class PatchMap(Element):
         noise_floor: what chance alone gives, drawn on the legend; ``None`` if it is not known.
         limit: the value at the end of the colours; 0 fits the values.
         signed: whether values have a sign; colours then diverge around zero.
-        window: which steps a cell covers, see :func:`window_steps`.
+        window: which steps a cell covers, see `workbench.experiments.windows`.
         selected: ``[row, column]`` or ``[]``; the browser changes it.
         busy: ``[row, column]`` of the cell being computed, or ``[]``.
         status: ``idle`` or ``running`` (filling).

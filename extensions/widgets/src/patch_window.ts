@@ -1,4 +1,4 @@
-/** Which steps a cell covers; the same rule as `window_steps` in workbench/widgets/patch_map.py. */
+/** Which steps a cell covers; the same rule as `window` in workbench/experiments/windows.py. */
 
 export const WINDOWS = ["1", "quarter", "half", "to here", "from here"] as const;
 
