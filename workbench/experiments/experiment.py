@@ -82,14 +82,14 @@ class Experiment(BaseModel):
             InputError: the file is no experiment; the message lists what is wrong with it.
         """
         try:
-            return cls.model_validate_json(Path(path).read_text())
+            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValidationError, UnicodeDecodeError) as error:
             raise InputError(f"{path} is no experiment: {error}") from error
 
     def save(self, path: str | Path) -> Path:
         """Write the experiment to a JSON file."""
         written = Path(path)
-        written.write_text(self.model_dump_json(indent=2) + "\n")
+        written.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
         return written
 
     def settings(self) -> dict[str, Any]:

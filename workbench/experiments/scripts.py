@@ -20,13 +20,17 @@ from workbench.tracing.structure import Leaf, leaves
 
 
 def workbench_code(experiment: Experiment) -> str:
-    """Return the experiment as Python against the workbench."""
+    """Return the experiment as Python against the workbench.
+
+    A model made in memory has no name to open it by; the code then takes it from ``pipeline``.
+    """
+    opened = repr(experiment.model) if experiment.model else "pipeline"
     settings = {**experiment.settings(), "seed": experiment.seed}
     capture = f", capture={list(experiment.captures())!r}" if experiment.patches else ""
     lines = [
         "import workbench as wb",
         "",
-        f"model = wb.DiffusionModel({experiment.model!r})",
+        f"model = wb.DiffusionModel({opened})",
         "settings = {",
         *(f"    {name!r}: {value!r}," for name, value in settings.items()),
         "}",

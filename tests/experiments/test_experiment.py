@@ -1,0 +1,124 @@
+"""Experiments as data: JSON there and back, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests import tiny
+from tests.watching import as_bytes
+from workbench.errors import InputError, WorkbenchError
+from workbench.experiments.experiment import Experiment, PatchSpec, defaults
+from workbench.interventions.patch import Patch
+from workbench.models.model import DiffusionModel
+
+PATCHED = Experiment(
+    model="some/model",
+    source="a red circle",
+    target='a "blue"\n{circle} \\ 円',
+    seed=7,
+    num_inference_steps=4,
+    guidance_scale=2.5,
+    arguments={"height": 16, "width": 16, "negative_prompt": None},
+    patches=(
+        PatchSpec(site="unet.mid_block", steps=(0, 2), branch="cond"),
+        PatchSpec(site="unet.down_blocks.0:output[0]"),
+    ),
+)
+
+
+def test_file_gives_back_the_experiment(tmp_path):
+    written = PATCHED.save(tmp_path / "experiment.json")
+    assert Experiment.load(written) == PATCHED
+    assert json.loads(written.read_text(encoding="utf-8"))["format"] == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sauce": 1},
+        {"format": 2},
+        {"num_inference_steps": 0},
+        {"guidance_scale": "high"},
+        {"source": None},
+        {"patches": [{"kind": "patch", "site": "unet.mid_block", "stpes": [1]}]},
+        {"patches": [{"kind": "ablate", "site": "unet.mid_block"}]},
+        {"patches": [{"site": "unet.mid_block", "steps": []}]},
+        {"patches": [{"site": "os.system('true')"}]},
+        {"patches": [{"site": "unet.mid_block:nowhere"}]},
+    ],
+)
+def test_file_that_holds_something_else_is_refused(tmp_path, change):
+    path = tmp_path / "experiment.json"
+    path.write_text(json.dumps({**json.loads(PATCHED.model_dump_json()), **change}))
+    with pytest.raises(InputError, match="is no experiment"):
+        Experiment.load(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'{"source": "a"}'])
+def test_malformed_file_is_refused(tmp_path, content):
+    path = tmp_path / "experiment.json"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"experiment\.json is no experiment"):
+        Experiment.load(path)
+
+
+def test_missing_file_is_refused(tmp_path):
+    with pytest.raises(InputError, match="is no experiment"):
+        Experiment.load(tmp_path / "nowhere.json")
+
+
+def test_settings_leave_out_what_is_the_pipelines_own():
+    assert Experiment(source="a", target="b").settings() == {}
+    assert PATCHED.settings() == {"num_inference_steps": 4, "guidance_scale": 2.5, **PATCHED.arguments}
+
+
+def test_sites_are_captured_once():
+    twice = PATCHED.model_copy(update={"patches": (PATCHED.patches[0], PATCHED.patches[0])})
+    assert twice.captures() == ("unet.mid_block",)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "first"), [([(3, 2)], 2), ([None], 0), ([(-1,)], 3), ([(3,), (-3, -1)], 1)]
+)
+def test_first_patched_step(chosen, first):
+    patches = tuple(PatchSpec(site="unet.mid_block", steps=steps) for steps in chosen)
+    assert PATCHED.model_copy(update={"patches": patches}).first_step(4) == first
+
+
+def test_run_is_the_three_runs_by_hand():
+    model = DiffusionModel(tiny.sd1())
+    site = "unet.mid_block"
+    experiment = Experiment(
+        source="a red circle",
+        target="a blue square",
+        seed=2,
+        num_inference_steps=3,
+        patches=(PatchSpec(site=site, steps=(1, 2), branch="cond"),),
+    )
+    outcome = experiment.run(model)
+    settings = {"seed": 2, "num_inference_steps": 3}
+    source = model.record("a red circle", capture=[site], **settings)
+    patch = Patch(site, source=source, steps=(1, 2), branch="cond")
+    patched = model.record("a blue square", interventions=[patch], **settings)
+    assert as_bytes(outcome.source.images) == as_bytes(source.images)
+    assert as_bytes(outcome.patched.images) == as_bytes(patched.images)
+    assert as_bytes(outcome.patched.images) != as_bytes(outcome.target.images)
+    assert outcome.patched.spec.forked_at == 1
+    plain = experiment.model_copy(update={"patches": ()}).run(model)
+    assert plain.patched is None
+    assert as_bytes(plain.target.images) == as_bytes(outcome.target.images)
+
+
+def test_step_the_run_does_not_have_is_refused():
+    model = DiffusionModel(tiny.sd1())
+    patches = (PatchSpec(site="unet.mid_block", steps=(5,)),)
+    experiment = Experiment(source="a", target="a red", num_inference_steps=2, patches=patches)
+    with pytest.raises(WorkbenchError, match="5 is none of them"):
+        experiment.run(model)
+
+
+def test_defaults_are_the_pipelines_own():
+    assert defaults(DiffusionModel(tiny.sd1())) == {"num_inference_steps": 50, "guidance_scale": 7.5}
+    assert defaults(DiffusionModel(tiny.ddpm())) == {"num_inference_steps": 1000}

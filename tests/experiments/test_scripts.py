@@ -1,0 +1,181 @@
+"""Exported scripts make the bytes that the experiment made, whatever its prompts hold."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests import tiny
+from workbench.errors import InputError
+from workbench.experiments.experiment import Experiment, Outcome, PatchSpec
+from workbench.experiments.scripts import standalone_code, workbench_code
+from workbench.models.model import DiffusionModel
+
+REPOSITORY = Path(__file__).parents[2]
+SHORT = """"'\n{x}\\'''\"""#"""
+HOSTILE = [
+    SHORT,
+    "'''\"\"\"\\",
+    "'); import os; os.abort(); ('",
+    'a\r\n"""\nimport os\nos.abort()\n"""\n{__import__(\'os\')} %s {0} \x00\u2028\U0001f534',
+]
+
+
+@dataclass
+class Script:
+    """An experiment that ran here, and where its script and the script's picture are."""
+
+    outcome: Outcome
+    path: Path
+    picture: Path
+
+
+CASES: dict[str, tuple[Any, dict[str, Any], tuple[PatchSpec, ...]]] = {
+    "sd1": (
+        tiny.sd1,
+        {},
+        (
+            PatchSpec(site="unet.mid_block", steps=(0, 1), branch="cond"),
+            PatchSpec(site="unet.down_blocks.0:output[0]", steps=(-1,)),
+            PatchSpec(site="unet.up_blocks.1:input", steps=(1,), branch="uncond"),
+        ),
+    ),
+    "sd3": (
+        tiny.sd3,
+        {"max_sequence_length": 24},
+        (PatchSpec(site="transformer.transformer_blocks.0:output[1]", branch="cond"),),
+    ),
+    "flux": (
+        tiny.flux,
+        {
+            "height": 16,
+            "width": 16,
+            "max_sequence_length": 24,
+            "true_cfg_scale": 3.0,
+            "negative_prompt": "a cross",
+        },
+        (
+            PatchSpec(site="transformer.transformer_blocks.0.ff", steps=(0, 2), branch="cond"),
+            PatchSpec(site="transformer.single_transformer_blocks.0:output[1]", steps=(1,)),
+        ),
+    ),
+}
+
+
+def run_python(code, *arguments, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env={**os.environ, **environment},
+        cwd=REPOSITORY,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory):
+    """Run every experiment here, and every script in one other interpreter that has no workbench."""
+    folder = tmp_path_factory.mktemp("scripts")
+    made = {}
+    for name, (build, arguments, patches) in CASES.items():
+        build().save_pretrained(folder / name)
+        experiment = Experiment(
+            model=str(folder / name),
+            source=f"a red {SHORT}",
+            target="a blue circle",
+            seed=3,
+            num_inference_steps=3,
+            arguments=arguments,
+            patches=patches,
+        )
+        outcome = experiment.run(DiffusionModel(str(folder / name)))
+        made[name] = Script(outcome, folder / f"{name}.py", folder / f"{name}.png")
+        code = standalone_code(experiment, outcome.source, outcome.target)
+        made[name].path.write_text(code, encoding="utf-8")
+    run_python(
+        "import runpy, sys\n"
+        "sys.modules['workbench'] = None\n"
+        "for path in sys.argv[1:]:\n"
+        "    sys.argv = [path, '--out', path.replace('.py', '.png')]\n"
+        "    runpy.run_path(path, run_name='__main__')\n"
+        "assert not [name for name in sys.modules if name.startswith('workbench.')]\n",
+        *(each.path for each in made.values()),
+    )
+    return made
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_standalone_script_makes_the_same_bytes(scripts, name):
+    outcome, picture = scripts[name].outcome, Image.open(scripts[name].picture)
+    assert picture.tobytes() == outcome.patched.images[0].tobytes()
+    assert picture.tobytes() != outcome.target.images[0].tobytes()
+    assert picture.tobytes() != outcome.source.images[0].tobytes()
+
+
+def test_workbench_code_makes_the_same_bytes(scripts, tmp_path):
+    outcome = scripts["sd1"].outcome
+    run_python(
+        "import sys\n"
+        "names = {}\n"
+        "exec(compile(sys.argv[1], 'exported', 'exec'), names)\n"
+        "names['patched'].images[0].save(sys.argv[2])\n",
+        workbench_code(outcome.experiment),
+        tmp_path / "image.png",
+    )
+    assert Image.open(tmp_path / "image.png").tobytes() == outcome.patched.images[0].tobytes()
+
+
+@pytest.mark.parametrize("prompt", HOSTILE)
+@pytest.mark.parametrize("kind", ["workbench", "standalone"])
+def test_prompt_stays_a_string_whatever_it_holds(scripts, prompt, kind):
+    outcome = scripts["sd1"].outcome
+    plain, hostile = (
+        outcome.experiment.model_copy(
+            update={"source": text, "target": text + "!", "arguments": {"negative_prompt": text}}
+        )
+        for text in ("plain", prompt)
+    )
+    trees = []
+    for experiment in (plain, hostile):
+        code = (
+            workbench_code(experiment)
+            if kind == "workbench"
+            else standalone_code(experiment, outcome.source, outcome.target)
+        )
+        trees.append(ast.parse(code.encode()))
+    texts = [node.value for node in ast.walk(trees[1]) if isinstance(node, ast.Constant)]
+    assert {prompt, prompt + "!"} <= {text for text in texts if isinstance(text, str)}
+    # But for the strings the two scripts are the same program.
+    shapes = [[type(node).__name__ for node in ast.walk(tree)] for tree in trees]
+    assert shapes[0] == shapes[1]
+
+
+def test_without_patches_the_script_is_the_target_alone(scripts):
+    outcome = scripts["sd1"].outcome
+    plain = outcome.experiment.model_copy(update={"patches": ()})
+    code = standalone_code(plain, outcome.source, outcome.target)
+    assert "generate(TARGET).save(options.out)" in code
+    assert "PATCHES" not in code
+    assert workbench_code(plain).endswith("target.images[0]\n")
+    ast.parse(code)
+
+
+def test_model_made_in_memory_cannot_be_exported_alone():
+    experiment = Experiment(
+        source="a", target="a red", num_inference_steps=1, patches=(PatchSpec(site="unet.mid_block"),)
+    )
+    outcome = experiment.run(DiffusionModel(tiny.sd1()))
+    with pytest.raises(InputError, match="save_pretrained"):
+        standalone_code(experiment, outcome.source, outcome.target)
+    assert "wb.DiffusionModel(pipeline)" in workbench_code(experiment)

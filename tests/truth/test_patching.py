@@ -1,0 +1,46 @@
+"""The rates of a patch and its controls, on the shipped model."""
+
+import pytest
+from PIL import Image
+
+from workbench.experiments.experiment import Experiment, PatchSpec
+from workbench.models.model import DiffusionModel
+from workbench.truth.patching import Rates, colour_rates, has_colour
+from workbench.zoo import shapes
+
+
+@pytest.fixture(scope="module")
+def rates():
+    experiment = Experiment(
+        model="shapes-unet",
+        source="a red circle",
+        target="a blue circle",
+        num_inference_steps=20,
+        guidance_scale=3.0,
+        patches=(PatchSpec(site="unet.up_blocks.2", branch="cond"),),
+    )
+    model = DiffusionModel("shapes-unet")
+    return colour_rates(model, experiment, colour="red", elsewhere="unet.mid_block", seeds=[0, 1])
+
+
+def test_sources_are_red_and_targets_are_not(rates):
+    assert (rates.seeds, rates.source, rates.target) == (2, 2, 0)
+
+
+def test_patch_of_the_last_block_carries_the_colour_and_its_norm_does_not(rates):
+    assert rates.patched == 2
+    assert rates.random == 0
+    assert 0 <= rates.elsewhere <= 2
+
+
+def test_rates_are_written_as_a_table():
+    text = str(Rates(seeds=9, source=9, target=0, patched=8, elsewhere=1, random=2))
+    assert [line.split()[-3:] for line in text.splitlines()] == [
+        [count, "of", "9"] for count in ("9", "0", "8", "1", "2")
+    ]
+
+
+def test_a_picture_has_a_colour_if_it_is_of_one_thing():
+    white = Image.new("RGB", (64, 64), "white")
+    assert not has_colour(white, "red")
+    assert shapes.read(white).things == () or not shapes.read(white).things
