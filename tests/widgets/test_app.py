@@ -131,7 +131,7 @@ def test_run_fills_the_views_and_patch_changes_the_image(name):
         assert [card["label"] for card in bench.images.cards] == ["source", "target", "patched", "Δ"]
         assert as_bytes(bench.patched.images) != as_bytes(bench.target.images)
         assert [lane["label"] for lane in bench.scrubber.lanes] == ["source", "target", "patched"]
-        assert f"wb.Patch({site!r}" in bench.code.code
+        assert f"{site!r}, source=source" in " ".join(bench.code.code.split())
         patch = Patch(site, source=bench.source, steps=range(1, 3), branch="cond")
         assert cell.experiment.patches[0].steps == (1, 2)
         whole = bench.model.record("a blue circle", interventions=[patch], **settings)
@@ -227,7 +227,7 @@ def test_site_that_fails_says_so_and_the_pair_stays(bench):
     assert bench.controls.error["title"] == "InputError"
     assert bench.images.cards == cards
     assert bench.map.sites == sites
-    assert bench.patch(SITE, 3).result(LONG).difference > 0
+    assert bench.patch(SITE, 0).result(LONG).difference > 0
     assert bench.controls.error == {}
 
 

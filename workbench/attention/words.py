@@ -39,7 +39,7 @@ def words_of(readings: Sequence[Reading], length: int) -> list[Word]:
 
     A pipeline may lay the tokens of several encoders after each other (SD3), use one of several
     (Flux) or lay them over each other (SDXL). The shortest run of consecutive encoders whose lengths
-    add up to ``length`` is taken.
+    add up to ``length`` is taken, of several the last: what comes first is the pooled one.
 
     Args:
         readings: what each encoder was given, in the order of the calls.
@@ -86,7 +86,7 @@ def _choices(readings: Sequence[Reading]) -> list[list[Reading]]:
     runs = [
         distinct[start : start + count]
         for count in range(1, len(distinct) + 1)
-        for start in range(len(distinct) - count + 1)
+        for start in reversed(range(len(distinct) - count + 1))
     ]
     first_and_last = [[distinct[0], distinct[-1]]] if len(distinct) > 2 else []
     return runs + first_and_last

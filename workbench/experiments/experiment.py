@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
 from workbench import zoo
-from workbench.errors import InputError
+from workbench.errors import InputError, UnknownNameError
 from workbench.interventions.patch import Patch
 from workbench.models.model import Capture, DiffusionModel
 from workbench.tracing.record import Record
@@ -37,7 +37,11 @@ class PatchSpec(BaseModel):
     @field_validator("site")
     @classmethod
     def _spelled(cls, site: str) -> str:
-        return str(Site.parse(site))
+        try:
+            return str(Site.parse(site))
+        except UnknownNameError as error:
+            # Only a ValueError is gathered with what else is wrong.
+            raise ValueError(str(error)) from error
 
     @field_validator("steps")
     @classmethod

@@ -38,7 +38,9 @@ def step_scrubber(*records: Record) -> StepScrubber:
     Raises:
         InputError: no record, or one that does not know its model.
     """
-    if not records or not all(isinstance(record.model, DiffusionModel) for record in records):
+    if not records or not all(
+        isinstance(record, Record) and isinstance(record.model, DiffusionModel) for record in records
+    ):
         raise InputError("Give one or more records that a DiffusionModel made: wb.step_scrubber(record)")
     model = records[0].model
     assert isinstance(model, DiffusionModel)
