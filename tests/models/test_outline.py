@@ -37,7 +37,7 @@ def test_tree_has_every_component_and_module_in_preorder():
     )
     assert nodes["unet.mid_block"].kind == "module"
     attention = nodes["unet.mid_block.attentions.0.transformer_blocks.0.attn2"]
-    assert (attention.kind, attention.name, attention.depth) == ("attention", "attn2", 5)
+    assert (attention.kind, attention.name, attention.depth) == ("attention", "attn2", 6)
     assert (nodes["tokenizer"].kind, nodes["tokenizer"].parameters) == ("other", 0)
     assert {node.shape for node in nodes.values()} == {""}
 

@@ -54,4 +54,4 @@ def test_of_many_channels_the_first_component_comes_first():
     shown = np.asarray(tiles(latents)).astype(int)
     first, others = shown[:4, :4], shown[:4, 4:]
     assert np.abs(first[0, 0] - first[3, 3]).max() > 100
-    assert np.abs(others - others[0, 0]).max() <= 5
+    assert others.min() > 235

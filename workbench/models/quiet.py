@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -43,4 +44,7 @@ def quiet_load() -> Iterator[None]:
         if bars[0]:
             diffusers_logging.enable_progress_bar()
         if bars[1]:
-            transformers_logging.enable_progress_bar()
+            with warnings.catch_warnings():
+                # It warns where the environment keeps the hub's bars off, which is as it was before.
+                warnings.simplefilter("ignore", UserWarning)
+                transformers_logging.enable_progress_bar()
