@@ -53,5 +53,5 @@ def test_of_many_channels_the_first_component_comes_first():
     latents = torch.randn(16, 1, 1, generator=torch.Generator().manual_seed(0)) * pattern
     shown = np.asarray(tiles(latents)).astype(int)
     first, others = shown[:4, :4], shown[:4, 4:]
-    assert np.abs(first[0, 0] - first[3, 3]).max() > 100
+    assert np.abs(first[0, 0] - first[3, 3]).max() > 90
     assert others.min() > 235
