@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,6 +68,13 @@ class WidgetPage:
         self.settle()
         return self.page.evaluate(_PIXEL, [canvas.element_handle(), x, y])
 
+    def until(self, holds: Callable[[], bool], seconds: float = 20) -> None:
+        """Waits for something that the browser does in its own time, such as decoding."""
+        end = time.monotonic() + seconds
+        while not holds():
+            assert time.monotonic() < end, "it did not come about"
+            self.page.wait_for_timeout(20)
+
     def settle(self) -> None:
         """Waits for two frames: what was asked for is drawn by then."""
         self.page.evaluate(
@@ -119,6 +127,7 @@ def open_widgets(chromium: Browser, tmp_path: Path) -> Iterator[OpenWidgets]:
         page.on("request", lambda request: watched.requests.append(_origin(request)))
         page.goto(path.as_uri())
         page.wait_for_selector("html[data-ready]")
+        watched.until(lambda: page.locator('.scrub-frame[data-state="pending"]').count() == 0)
         watched.settle()
         opened.append(watched)
         return watched

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 
@@ -67,6 +68,7 @@ def picture(colour: tuple[int, int, int], clear: float, seed: int) -> np.ndarray
     return np.clip(clear * image + (1 - clear) * noise, 0, 255).astype(np.uint8)
 
 
+@functools.cache
 def lane(label: str, colour: tuple[int, int, int], seed: int) -> dict:
     clear = [1 / (1 + math.exp(-(step - 6) / 1.8)) for step in range(STEPS)]
     guess = [png(picture(colour, 0.35 + 0.65 * part, seed)) for part in clear]
@@ -78,6 +80,7 @@ def lane(label: str, colour: tuple[int, int, int], seed: int) -> dict:
     return {"label": label, "frames": frames, "final": png(picture(colour, 1.0, seed))}
 
 
+@functools.cache
 def attention() -> dict:
     layers, h, w = ["all layers", "down_blocks.1.attentions.0", "mid_block.attentions.0"], 16, 16
     y, x = np.mgrid[0:h, 0:w]

@@ -44,9 +44,9 @@ def test_states_look_at_themselves(open_widgets, theme):
         live=True,
         theme=theme,
     )
-    shown.screenshot(f"states-{theme}")
+    shown.page.get_by_text("unreadable").wait_for()
     assert shown.page.get_by_text("No model", exact=True).is_visible()
-    assert shown.page.get_by_text("unreadable").is_visible()
+    shown.screenshot(f"states-{theme}")
 
 
 @pytest.mark.parametrize("width", [420, 760, 1400])
@@ -136,9 +136,8 @@ class TestScrubber:
         canvas = shown.page.locator(".scrub-lane canvas").first
         before = shown.fingerprint(canvas)
         shown.page.get_by_role("radio", name="latents").click()
-        shown.page.wait_for_timeout(100)
         assert shown.model("scrubber", "kind") == "latents"
-        assert shown.fingerprint(canvas) != before
+        shown.until(lambda: shown.fingerprint(canvas) != before)
 
     def test_play_moves_and_pauses(self, open_widgets):
         shown = open_widgets(scene.scrubber(step=0))
@@ -161,9 +160,8 @@ class TestScrubber:
         shown = open_widgets([StepScrubber(kinds=["latents"]), scene.scrubber()])
         assert shown.page.get_by_text("No steps yet").first.is_visible()
         shown.page.evaluate("workbenchModels[0].set('lanes', workbenchModels[1].get('lanes'))")
-        shown.page.wait_for_timeout(100)
         canvas = shown.page.locator(".wb").first.locator("canvas").first
-        assert shown.pixel(canvas, 0.5, 0.5)[3] == 255
+        shown.until(lambda: shown.pixel(canvas, 0.5, 0.5)[3] == 255)
 
 
 class TestTree:
@@ -177,9 +175,11 @@ class TestTree:
         shown = open_widgets(scene.tree())
         row = shown.page.locator('[data-path="unet"]')
         row.locator(".tree-twisty").click()
+        shown.settle()
         assert shown.page.locator('[data-path="unet.mid_block"]').count() == 0
         assert row.get_attribute("aria-expanded") == "false"
         row.locator(".tree-twisty").click()
+        shown.settle()
         assert shown.page.locator('[data-path="unet.mid_block"]').count() == 1
 
     def test_filter_keeps_ancestors(self, open_widgets):

@@ -1,13 +1,12 @@
 /** RunControls: two prompts, a seed, a button, and what the run is doing. */
 
+import { ErrorBox, NumberField, type NumberName, PromptField } from "./controls_fields";
 import { type Bytes, decode, drawPicture } from "./lib/canvas";
-import { glyph, h, iconButton, setText, textButton, uniqueId } from "./lib/dom";
+import { glyph, h, iconButton, setText, textButton } from "./lib/dom";
 import { duration, speed } from "./lib/format";
 import { type ElementState, type Panel, widget } from "./lib/panel";
 import { throttle } from "./lib/timing";
 import css from "./controls.css";
-
-type Status = "idle" | "running" | "stopping" | "error" | "done";
 
 interface State extends ElementState {
   model_name: string;
@@ -18,206 +17,162 @@ interface State extends ElementState {
   steps: number;
   guidance: number;
   can_guide: boolean;
-  status: Status;
+  status: "idle" | "running" | "stopping" | "error" | "done";
   progress: { label?: string; step?: number; of?: number; rate?: number | null; left?: number | null };
   preview: Bytes;
   error: { title?: string; text?: string };
 }
 
-type NumberName = "seed" | "steps" | "guidance";
-interface NumberRule { label: string; least: number; most: number; whole: boolean; width: string }
+const SAVE_MS = 200;
+const SEEDS = 1_000_000;
 
-const RULES: Record<NumberName, NumberRule> = {
-  seed: { label: "Seed", least: 0, most: Number.MAX_SAFE_INTEGER, whole: true, width: "96px" },
-  steps: { label: "Steps", least: 1, most: 1000, whole: true, width: "56px" },
-  guidance: { label: "Guidance", least: 0, most: 100, whole: false, width: "56px" },
-};
+class RunControls {
+  private latestPreview = 0;
 
-/** Why the text does not fit the rule, or "" where it does. */
-export function refusal(rule: NumberRule, text: string): string {
-  const value = Number(text);
-  if (text.trim() === "" || !Number.isFinite(value)) return `${rule.label} must be a number`;
-  if (rule.whole && !Number.isInteger(value)) return `${rule.label} must be a whole number`;
-  if (value < rule.least) return `${rule.label} must be ${rule.least} or more`;
-  if (value > rule.most) return `${rule.label} must be ${rule.most} or less`;
-  return "";
-}
+  private readonly save = throttle(() => this.model.save_changes(), SAVE_MS);
+  private readonly name = h("span", { class: "controls-model wb-clip" });
+  private readonly scheduler = h("span", { class: "wb-muted wb-clip" });
+  private readonly complaint = h("span", { class: "controls-complaint", role: "alert" });
+  private readonly state = h("span", { class: "controls-state wb-muted" });
+  private readonly run = textButton("Run", () => this.start(), "wb-primary controls-run");
+  private readonly stopWord = h("span", {}, "Stop");
+  private readonly stop = textButton("", () => this.model.send({ kind: "stop" }), "controls-run");
+  private readonly bar = h("div", { class: "controls-bar" });
+  private readonly track = h("div", { class: "controls-track", role: "progressbar", "aria-label": "Progress", "aria-valuemin": 0 }, this.bar);
+  private readonly canvas = h("canvas", { class: "wb-crisp", hidden: true });
+  private readonly dice = iconButton("dice", "Another seed", () => this.put("seed", Math.floor(Math.random() * SEEDS)));
+  private readonly numbers = (["seed", "steps", "guidance"] as const).map((name) => this.numberField(name));
+  private readonly prompts = [
+    new PromptField("source", "What the activation comes from", (text) => this.put("source", text)),
+    new PromptField("target", "What it is put into", (text) => this.put("target", text)),
+  ] as const;
+  private readonly error = new ErrorBox(iconButton("close", "Dismiss", () => this.dismiss()));
 
-function build(panel: Panel<State>): void {
-  const { root, model } = panel;
-  const save = throttle(() => model.save_changes(), 200);
-  const refused = new Map<NumberName, string>();
-
-  const name = h("span", { class: "controls-model wb-clip" });
-  const scheduler = h("span", { class: "wb-muted wb-clip" });
-  const complaint = h("span", { class: "controls-complaint", role: "alert" });
-  const state = h("span", { class: "controls-state wb-muted" });
-  const run = textButton("Run", () => start(), "wb-primary controls-run");
-  run.prepend(glyph("play"));
-  run.title = "Run (Ctrl+Enter)";
-  const stop = textButton("Stop", () => model.send({ kind: "stop" }), "controls-run");
-  stop.prepend(glyph("stop"));
-
-  const fields = (Object.keys(RULES) as NumberName[]).map((key) => numberField(key));
-  const dice = iconButton("dice", "Another seed", () => put("seed", Math.floor(Math.random() * 1_000_000)));
-  fields[0]!.append(dice);
-
-  const canvas = h("canvas", { class: "wb-crisp", width: 64, height: 64, hidden: true });
-  const preview = h("div", { class: "controls-preview wb-void", role: "img", "aria-label": "Live preview" }, canvas);
-  const source = promptField("source", "What the activation comes from");
-  const target = promptField("target", "What it is put into");
-  const bar = h("div", { class: "controls-bar" });
-  const track = h("div", { class: "controls-track", role: "progressbar", "aria-label": "Progress", "aria-valuemin": 0 }, bar);
-  const error = h("div", { class: "wb-problem", role: "alert", hidden: true });
-
-  root.append(
-    h("header", { class: "wb-head controls-head" },
-      h("div", { class: "controls-name" }, name, scheduler),
-      h("div", { class: "controls-numbers" }, ...fields),
-      complaint, h("div", { class: "wb-end" }, state, run, stop)),
-    track,
-    h("div", { class: "controls-body" }, preview, h("div", { class: "controls-prompts" }, source, target)),
-    error,
-  );
-
-  function put<K extends keyof State & string>(key: K, value: State[K]): void {
-    model.set(key, value);
-    save();
-  }
-
-  function numberField(key: NumberName): HTMLElement {
-    const rule = RULES[key];
-    const id = uniqueId(key);
-    const input = h("input", { id, class: "wb-field", inputmode: rule.whole ? "numeric" : "decimal", autocomplete: "off", "data-name": key });
-    input.style.width = rule.width;
-    input.addEventListener("input", () => {
-      const why = refusal(rule, input.value);
-      input.setAttribute("aria-invalid", String(why !== ""));
-      if (why) refused.set(key, why);
-      else {
-        refused.delete(key);
-        put(key, Number(input.value));
-      }
-      showStatus();
-    });
-    input.addEventListener("keydown", (event) => {
-      const move = { ArrowUp: 1, ArrowDown: -1 }[event.key];
-      if (!move || refused.has(key)) return;
+  constructor(private readonly panel: Panel<State>) {
+    this.run.prepend(glyph("play"));
+    this.run.title = "Run (Ctrl+Enter)";
+    this.stop.append(glyph("stop"), this.stopWord);
+    this.numbers[0]!.element.append(this.dice);
+    this.build();
+    this.follow();
+    if (panel.saved) this.freeze();
+    panel.root.addEventListener("keydown", (event) => {
+      if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
       event.preventDefault();
-      const size = rule.whole ? 1 : 0.5;
-      put(key, Math.min(rule.most, Math.max(rule.least, Number(input.value) + move * size)));
+      this.start();
     });
-    panel.watch([key], () => {
-      if (document.activeElement === input && Number(input.value) === model.get(key)) return;
-      const value = model.get(key);
-      input.value = !rule.whole && Number.isInteger(value) ? value.toFixed(1) : String(value);
-      input.setAttribute("aria-invalid", "false");
-      refused.delete(key);
-    });
-    return h("div", { class: "controls-number" }, h("label", { for: id, class: "wb-muted" }, rule.label), input);
   }
 
-  function promptField(key: "source" | "target", hint: string): HTMLElement {
-    const id = uniqueId(key);
-    const area = h("textarea", { id, class: "wb-field", rows: 1, spellcheck: "false", placeholder: "A prompt", "data-name": key, title: hint });
-    area.addEventListener("input", () => {
-      put(key, area.value);
-      grow(area);
+  private get model(): Panel<State>["model"] {
+    return this.panel.model;
+  }
+
+  private get active(): boolean {
+    return ["running", "stopping"].includes(this.model.get("status"));
+  }
+
+  private numberField(name: NumberName): NumberField {
+    return new NumberField(name, (value) => this.put(name, value), () => this.showStatus());
+  }
+
+  private build(): void {
+    const head = h("header", { class: "wb-head controls-head" },
+      h("div", { class: "controls-name" }, this.name, this.scheduler),
+      h("div", { class: "controls-numbers" }, ...this.numbers.map((field) => field.element)),
+      this.complaint, h("div", { class: "wb-end" }, this.state, this.run, this.stop));
+    const preview = h("div", { class: "controls-preview wb-void", role: "img", "aria-label": "Live preview" }, this.canvas);
+    const prompts = h("div", { class: "controls-prompts" }, ...this.prompts.map((field) => field.element));
+    this.panel.root.append(head, this.track, h("div", { class: "controls-body" }, preview, prompts), this.error.element);
+  }
+
+  private follow(): void {
+    const { panel, model } = this;
+    for (const field of this.numbers) panel.watch([field.name], () => field.show(model.get(field.name)));
+    panel.watch(["source"], () => this.prompts[0].show(model.get("source")));
+    panel.watch(["target"], () => this.prompts[1].show(model.get("target")));
+    panel.watch(["model_name", "scheduler"], () => {
+      setText(this.name, model.get("model_name") || "No model");
+      setText(this.scheduler, model.get("scheduler"));
+      this.name.title = model.get("model_name");
     });
-    panel.watch([key], () => {
-      if (area.value !== model.get(key)) area.value = model.get(key) ?? "";
-      requestAnimationFrame(() => grow(area));
-    });
-    return h("div", { class: "controls-prompt" }, h("label", { for: id, class: "wb-muted" }, key), area);
+    panel.watch(["status", "can_guide"], () => this.showStatus());
+    panel.watch(["progress"], () => this.showProgress());
+    panel.watch(["error"], () => this.error.show(model.get("error")?.title ?? "", model.get("error")?.text ?? ""));
+    panel.watch(["preview"], () => void this.showPreview());
   }
 
-  function start(): void {
-    if (run.disabled || run.hidden) return;
-    model.save_changes();
-    model.send({ kind: "run" });
+  /** In a saved page the fields can be read and copied, not changed. */
+  private freeze(): void {
+    for (const field of this.numbers) field.input.readOnly = true;
+    for (const field of this.prompts) field.area.readOnly = true;
+    this.dice.disabled = true;
   }
 
-  function showStatus(): void {
-    const status = model.get("status");
-    const active = status === "running" || status === "stopping";
-    run.hidden = active;
-    stop.hidden = !active;
-    stop.disabled = status === "stopping";
-    stop.lastChild!.textContent = status === "stopping" ? "Stopping" : "Stop";
-    run.disabled = panel.saved || refused.size > 0;
-    setText(complaint, [...refused.values()][0] ?? "");
-    root.dataset["status"] = status;
-    showProgress();
-    const guidance = root.querySelector<HTMLInputElement>('[data-name="guidance"]')!;
-    guidance.disabled = panel.saved || !model.get("can_guide");
-    guidance.title = model.get("can_guide") ? "" : "This pipeline has no guidance";
+  private put<K extends keyof State & string>(key: K, value: State[K]): void {
+    this.model.set(key, value);
+    this.save();
   }
 
-  function showProgress(): void {
-    const { label = "", step = 0, of = 0, rate, left } = model.get("progress") ?? {};
-    const status = model.get("status");
-    const active = status === "running" || status === "stopping";
+  private start(): void {
+    if (this.run.disabled || this.run.hidden) return;
+    this.model.save_changes();
+    this.model.send({ kind: "run" });
+  }
+
+  private dismiss(): void {
+    this.error.show("", "");
+    this.model.send({ kind: "dismiss" });
+  }
+
+  private showStatus(): void {
+    const stopping = this.model.get("status") === "stopping";
+    const refused = this.numbers.map((field) => field.refused).find(Boolean) ?? "";
+    this.run.hidden = this.active;
+    this.run.disabled = this.panel.saved || refused !== "";
+    this.stop.hidden = !this.active;
+    this.stop.disabled = stopping;
+    setText(this.stopWord, stopping ? "Stopping" : "Stop");
+    setText(this.complaint, refused);
+    const guidance = this.numbers[2]!.input;
+    guidance.disabled = !this.model.get("can_guide");
+    guidance.title = guidance.disabled ? "This pipeline has no guidance" : "";
+    this.showProgress();
+  }
+
+  private showProgress(): void {
+    const { step = 0, of = 0 } = this.model.get("progress") ?? {};
     const known = of > 0;
-    track.classList.toggle("active", active);
-    track.classList.toggle("unknown", active && !known);
-    track.setAttribute("aria-valuemax", String(of || 1));
-    track.setAttribute("aria-valuenow", String(step));
-    bar.style.width = active && known ? `${(100 * step) / of}%` : "0";
-    const parts = [
-      label, known ? `${step} of ${of}` : "", rate ? speed(rate) : "",
-      left !== null && left !== undefined ? `${duration(left)} left` : "",
-    ];
-    const idle = panel.saved ? "saved page, no kernel" : status === "done" ? "done" : "";
-    setText(state, active ? parts.filter(Boolean).join(" · ") || "starting" : idle);
+    this.track.classList.toggle("unknown", this.active && !known);
+    this.track.setAttribute("aria-valuemax", String(of || 1));
+    this.track.setAttribute("aria-valuenow", String(step));
+    this.bar.style.width = this.active && known ? `${(100 * step) / of}%` : "0";
+    setText(this.state, this.active ? this.progressText() : this.idleText());
   }
 
-  function showError(): void {
-    const { title = "", text = "" } = model.get("error") ?? {};
-    error.hidden = !title && !text;
-    const dismiss = iconButton("close", "Dismiss", () => {
-      error.hidden = true;
-      model.send({ kind: "dismiss" });
-    });
-    error.replaceChildren(h("div", {}, h("b", {}, title || "Something went wrong"), h("pre", {}, text)), dismiss);
+  private progressText(): string {
+    const { label = "", step = 0, of = 0, rate, left } = this.model.get("progress") ?? {};
+    const remaining = left !== null && left !== undefined ? `${duration(left)} left` : "";
+    const parts = [label, of > 0 ? `${step} of ${of}` : "", rate ? speed(rate) : "", remaining];
+    return parts.filter(Boolean).join(" · ") || "starting";
   }
 
-  let latest = 0;
-  async function showPreview(): Promise<void> {
-    const mine = ++latest;
-    const picture = await decode(model.get("preview")).catch(() => null);
-    if (mine !== latest) return;
-    canvas.hidden = !picture;
+  private idleText(): string {
+    if (this.panel.saved) return "saved page, no kernel";
+    return this.model.get("status") === "done" ? "done" : "";
+  }
+
+  /** Previews may come faster than they decode; only the latest is drawn. */
+  private async showPreview(): Promise<void> {
+    const mine = ++this.latestPreview;
+    const picture = await decode(this.model.get("preview")).catch(() => null);
+    if (mine !== this.latestPreview) return;
+    this.canvas.hidden = !picture;
     if (!picture) return;
-    canvas.width = picture.width;
-    canvas.height = picture.height;
-    drawPicture(canvas.getContext("2d")!, picture);
+    this.canvas.width = picture.width;
+    this.canvas.height = picture.height;
+    drawPicture(this.canvas.getContext("2d")!, picture);
     picture.close();
   }
-
-  root.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
-      event.preventDefault();
-      start();
-    }
-  });
-  panel.watch(["model_name", "scheduler"], () => {
-    setText(name, model.get("model_name") || "No model");
-    setText(scheduler, model.get("scheduler"));
-    name.title = model.get("model_name");
-  });
-  panel.watch(["status", "can_guide"], showStatus);
-  panel.watch(["progress"], showProgress);
-  panel.watch(["error"], showError);
-  panel.watch(["preview"], () => void showPreview());
-  if (panel.saved) {
-    for (const input of root.querySelectorAll<HTMLInputElement>(".wb-field")) input.readOnly = true;
-    dice.disabled = true;
-  }
 }
 
-function grow(area: HTMLTextAreaElement): void {
-  area.style.height = "24px";
-  area.style.height = `${Math.min(72, Math.max(24, area.scrollHeight + 2))}px`;
-}
-
-export default widget<State>("controls", "Run controls", css, build);
+export default widget<State>("controls", "Run controls", css, (panel) => void new RunControls(panel));

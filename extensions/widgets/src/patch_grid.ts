@@ -18,13 +18,10 @@ export interface Scale {
 
 export interface Ink {
   accent: string;
-  line: string;
   hatch: string;
   ground: string;
   strong: string;
 }
-
-export type Cell = readonly [row: number, column: number];
 
 /** Where on the colour scale a value lies, in 0…1. */
 export function position(value: number, scale: Scale): number {

@@ -1,13 +1,13 @@
 /** ComponentTree: the modules of a pipeline, searchable, folded, fast with thousands of nodes. */
 
-import { onResize } from "./lib/canvas";
 import { copyButton, copyText } from "./lib/clipboard";
-import { empty, glyph, h, setText, uniqueId } from "./lib/dom";
+import { empty, glyph, h, setText } from "./lib/dom";
 import { count } from "./lib/format";
 import { type ElementState, type Panel, widget } from "./lib/panel";
-import { perFrame, throttle } from "./lib/timing";
+import { throttle } from "./lib/timing";
 import css from "./tree.css";
 import { accessCode, type Row, Tree, type TreeNode } from "./tree_model";
+import { Rows } from "./tree_rows";
 
 interface State extends ElementState {
   nodes: TreeNode[];
@@ -16,226 +16,186 @@ interface State extends ElementState {
   marked: string[];
 }
 
-const ROW = 24;
-const SPARE = 8;
+class ComponentTree {
+  private tree = new Tree([]);
+  private rows: Row[] = [];
+  private query = "";
+  private marked = new Set<string>();
+  private active = "";
 
-function build(panel: Panel<State>): void {
-  const { root, model } = panel;
-  let tree = new Tree([]);
-  let rows: Row[] = [];
-  let query = "";
-  let marked = new Set<string>();
-  let active = model.get("selected");
-  const id = uniqueId("tree");
-
-  const total = h("span", { class: "wb-muted" });
-  const search = h("input", {
+  private readonly save = throttle(() => this.model.save_changes(), 100);
+  private readonly total = h("span", { class: "wb-muted" });
+  private readonly search = h("input", {
     class: "wb-field", type: "search", placeholder: "Filter", spellcheck: "false", autocomplete: "off",
     "aria-label": "Filter components by path or class",
   });
-  const found = h("span", { class: "wb-muted tree-found" });
-  const list = h("div", { class: "tree-rows", role: "none" });
-  const scroll = h("div", { class: "tree-scroll", role: "tree", tabindex: "0", "aria-label": "Components" }, list);
-  const nothing = empty("No model", "Load one to see its components.");
-  const none = empty("No match", "Filter by part of a path or a class.");
-  const detail = h("footer", { class: "tree-detail", hidden: true });
-  root.append(
-    h("header", { class: "wb-head" }, h("span", { class: "wb-title" }, "Components"), h("div", { class: "wb-end" }, total)),
-    h("div", { class: "tree-search" }, glyph("search"), search, found),
-    scroll, nothing, none, detail,
-  );
+  private readonly found = h("span", { class: "wb-muted tree-found" });
+  private readonly nothing = empty("No model", "Load one to see its components.");
+  private readonly none = empty("No match", "Filter by part of a path or a class.");
+  private readonly detail = h("footer", { class: "tree-detail", hidden: true });
+  private readonly list: Rows;
 
-  const save = throttle(() => model.save_changes(), 100);
-  const draw = perFrame(drawRows);
-
-  function refresh(): void {
-    const result = tree.rows(query);
-    rows = result.rows;
-    list.style.height = `${rows.length * ROW}px`;
-    setText(found, query ? String(result.matches) : "");
-    nothing.hidden = tree.nodes.length > 0;
-    none.hidden = rows.length > 0 || tree.nodes.length === 0;
-    scroll.hidden = rows.length === 0;
-    draw();
+  constructor(private readonly panel: Panel<State>) {
+    const look = () => ({ active: this.active, selected: this.model.get("selected"), query: this.query, marked: this.marked });
+    this.list = new Rows(look, (path) => this.code(path), panel.announce, panel.signal);
+    const head = h("header", { class: "wb-head" }, h("span", { class: "wb-title" }, "Components"), h("div", { class: "wb-end" }, this.total));
+    const search = h("div", { class: "tree-search" }, glyph("search"), this.search, this.found);
+    panel.root.append(head, search, this.list.element, this.nothing, this.none, this.detail);
+    this.listenToRows();
+    this.listenToSearch();
+    panel.watch(["nodes"], () => this.showNodes());
+    panel.watch(["marked"], () => {
+      this.marked = new Set(this.model.get("marked"));
+      this.list.draw();
+    });
+    panel.watch(["selected", "variable"], () => this.showSelected());
   }
 
-  function drawRows(): void {
-    const first = Math.max(0, Math.floor(scroll.scrollTop / ROW) - SPARE);
-    const last = Math.min(rows.length, Math.ceil((scroll.scrollTop + (scroll.clientHeight || 480)) / ROW) + SPARE);
-    const shown: HTMLElement[] = [];
-    for (let i = first; i < last; i++) shown.push(rowElement(i));
-    list.replaceChildren(...shown);
-    const here = rows.findIndex((row) => row.node.path === active);
-    if (here >= 0) scroll.setAttribute("aria-activedescendant", `${id}-${here}`);
-    else scroll.removeAttribute("aria-activedescendant");
+  private get model(): Panel<State>["model"] {
+    return this.panel.model;
   }
 
-  function rowElement(i: number): HTMLElement {
-    const { node, hasChildren, unfolded } = rows[i]!;
-    const selected = node.path === model.get("selected");
-    const twisty = h("span", { class: "tree-twisty" }, hasChildren && glyph(unfolded ? "down" : "next"));
-    const row = h(
-      "div",
-      {
-        id: `${id}-${i}`, class: "tree-row", role: "treeitem", "data-path": node.path, "data-kind": node.kind,
-        "aria-level": node.depth + 1, "aria-selected": String(selected), "aria-expanded": hasChildren ? String(unfolded) : null,
-        title: `${node.path}\n${node.cls}`,
-      },
-      h("span", { class: "tree-indent", style: `width:${node.depth * 12}px` }),
-      twisty,
-      h("span", { class: "tree-name" }, ...highlight(node.name, query)),
-      h("span", { class: "tree-class wb-clip" }, node.cls),
-      h("span", { class: "tree-shape wb-mono wb-clip" }, node.shape),
-      marked.has(node.path) && h("span", { class: "tree-dot", title: "captured or patched" }),
-      h("span", { class: "tree-count" }, node.parameters ? count(node.parameters) : ""),
-    );
-    row.classList.toggle("active", node.path === active);
-    row.style.top = `${i * ROW}px`;
-    const copy = copyButton(`Copy ${accessCode(model.get("variable"), node.path)}`, () => accessCode(model.get("variable"), node.path), panel.announce);
-    copy.classList.add("tree-copy");
-    copy.tabIndex = -1;
-    row.append(copy);
-    return row;
+  private code(path: string): string {
+    return accessCode(this.model.get("variable"), path);
   }
 
-  function select(path: string): void {
-    active = path;
-    model.set("selected", path);
-    save();
-    showDetail();
-    draw();
+  private showNodes(): void {
+    this.tree = new Tree(this.model.get("nodes"), this.tree.nodes.length ? this.tree.unfolded : undefined);
+    const sum = this.tree.nodes.reduce((all, node) => all + (node.depth === 0 ? node.parameters : 0), 0);
+    setText(this.total, sum ? count(sum) : "");
+    this.showDetail();
+    this.refresh();
   }
 
-  function fold(path: string, unfold: boolean): void {
-    if (query) return;
-    if (unfold) tree.unfolded.add(path);
-    else tree.unfolded.delete(path);
-    refresh();
+  private showSelected(): void {
+    const path = this.model.get("selected");
+    if (path !== this.active) {
+      this.active = path;
+      this.tree.reveal(path);
+      this.refresh();
+      this.list.intoView(path);
+    }
+    this.showDetail();
+    this.list.draw();
   }
 
-  function showDetail(): void {
-    const node = tree.nodes.find((item) => item.path === model.get("selected"));
-    detail.hidden = !node;
+  private refresh(): void {
+    const { rows, matches } = this.tree.rows(this.query);
+    this.rows = rows;
+    setText(this.found, this.query ? String(matches) : "");
+    this.nothing.hidden = this.tree.nodes.length > 0;
+    this.none.hidden = rows.length > 0 || this.tree.nodes.length === 0;
+    this.list.show(rows);
+  }
+
+  private showDetail(): void {
+    const node = this.tree.nodes.find((item) => item.path === this.model.get("selected"));
+    this.detail.hidden = !node;
     if (!node) return;
-    const code = accessCode(model.get("variable"), node.path);
+    const code = this.code(node.path);
     const facts = [node.parameters ? `${count(node.parameters)} parameters` : "", node.dtype, node.device];
-    detail.replaceChildren(
-      h("div", { class: "tree-code" }, h("code", { class: "wb-mono", title: code }, code), copyButton("Copy code", () => code, panel.announce)),
+    this.detail.replaceChildren(
+      h("div", { class: "tree-code" }, h("code", { class: "wb-mono", title: code }, code), copyButton("Copy code", () => code, this.panel.announce)),
       h("div", { title: node.cls }, node.cls),
       h("div", { class: "wb-muted" }, facts.filter(Boolean).join(" · ")),
     );
-    if (node.shape) detail.append(h("div", { class: "wb-muted" }, "output ", h("span", { class: "wb-mono" }, node.shape)));
+    if (node.shape) this.detail.append(h("div", { class: "wb-muted" }, "output ", h("span", { class: "wb-mono" }, node.shape)));
   }
 
-  function intoView(path: string): void {
-    const here = rows.findIndex((row) => row.node.path === path);
-    if (here < 0) return;
-    const top = here * ROW;
-    if (top < scroll.scrollTop) scroll.scrollTop = top;
-    else if (top + ROW > scroll.scrollTop + scroll.clientHeight) scroll.scrollTop = top + ROW - scroll.clientHeight;
+  private select(path: string): void {
+    this.active = path;
+    this.model.set("selected", path);
+    this.save();
+    this.showDetail();
+    this.list.draw();
   }
 
-  function step(key: string): string | undefined {
-    const here = rows.findIndex((row) => row.node.path === active);
-    const row = rows[here];
-    const at = (i: number): string | undefined => rows[Math.max(0, Math.min(rows.length - 1, i))]?.node.path;
-    const page = Math.max(1, Math.floor(scroll.clientHeight / ROW) - 1);
-    if (key === "ArrowDown") return at(here + 1);
-    if (key === "ArrowUp") return at(here - 1);
-    if (key === "PageDown") return at(here + page);
-    if (key === "PageUp") return at(here - page);
-    if (key === "Home") return at(0);
-    if (key === "End") return at(rows.length - 1);
-    if (key === "ArrowRight" && row?.hasChildren) {
-      if (row.unfolded) return at(here + 1);
-      fold(row.node.path, true);
-    }
-    if (key === "ArrowLeft" && row) {
-      if (row.unfolded && !query) fold(row.node.path, false);
-      else return row.node.path.includes(".") ? parentOf(row.node, here) : undefined;
-    }
-    return undefined;
+  /** While searching nothing folds: every match stays in sight. */
+  private fold(path: string, unfold: boolean): void {
+    if (this.query) return;
+    if (unfold) this.tree.unfolded.add(path);
+    else this.tree.unfolded.delete(path);
+    this.refresh();
   }
 
-  function parentOf(node: TreeNode, here: number): string | undefined {
-    for (let i = here - 1; i >= 0; i--) if (rows[i]!.node.depth < node.depth) return rows[i]!.node.path;
-    return undefined;
+  private listenToRows(): void {
+    const { element } = this.list;
+    element.addEventListener("keydown", (event) => this.onKey(event));
+    element.addEventListener("click", (event) => {
+      const target = event.target as Element;
+      const row = target.closest<HTMLElement>(".tree-row");
+      if (!row || target.closest(".tree-copy")) return;
+      if (target.closest(".tree-twisty")) this.toggle(row);
+      else this.select(row.dataset["path"]!);
+    });
+    element.addEventListener("dblclick", (event) => {
+      const row = (event.target as Element).closest<HTMLElement>(".tree-row[aria-expanded]");
+      if (row) this.toggle(row);
+    });
   }
 
-  scroll.addEventListener("keydown", (event) => {
+  private toggle(row: HTMLElement): void {
+    this.fold(row.dataset["path"]!, row.getAttribute("aria-expanded") !== "true");
+  }
+
+  private listenToSearch(): void {
+    const input = (value: string): void => {
+      this.query = value;
+      if (!value && this.active) this.tree.reveal(this.active);
+      this.refresh();
+    };
+    this.search.addEventListener("input", () => input(this.search.value.trim()));
+    this.search.addEventListener("keydown", (event) => {
+      if (event.key === "Escape") {
+        this.search.value = "";
+        input("");
+      } else if (event.key === "ArrowDown" && this.rows.length) {
+        event.preventDefault();
+        this.list.element.focus();
+        if (!this.rows.some((row) => row.node.path === this.active)) this.select(this.rows[0]!.node.path);
+      }
+    });
+  }
+
+  private onKey(event: KeyboardEvent): void {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
-    if (event.key === "c" && active) void copyText(accessCode(model.get("variable"), active)).then(() => panel.announce("copied"));
-    if (event.key === "/") search.focus();
-    if (event.key === "Enter" || event.key === " ") {
-      const row = rows.find((item) => item.node.path === active);
-      if (row?.hasChildren) fold(active, !row.unfolded);
+    const { key } = event;
+    if (/^(Arrow|Home|End|Page|Enter| |\/)/.test(key)) event.preventDefault();
+    const here = this.rows.findIndex((row) => row.node.path === this.active);
+    if (key === "/") this.search.focus();
+    else if (key === "c" && this.active) void copyText(this.code(this.active)).then(() => this.panel.announce("copied"));
+    else if (key === "Enter" || key === " ") this.foldAt(here);
+    else {
+      const next = this.reached(key, here);
+      if (!next) return;
+      this.select(next.node.path);
+      this.list.intoView(next.node.path);
     }
-    const next = step(event.key);
-    if (next !== undefined) {
-      select(next);
-      intoView(next);
-    }
-    if (/^(Arrow|Home|End|Page|Enter| |\/)/.test(event.key)) event.preventDefault();
-  });
-  scroll.addEventListener("click", (event) => {
-    const target = event.target as Element;
-    const row = target.closest<HTMLElement>(".tree-row");
-    const path = row?.dataset["path"];
-    if (path === undefined || target.closest(".tree-copy")) return;
-    if (target.closest(".tree-twisty")) fold(path, row!.getAttribute("aria-expanded") !== "true");
-    else select(path);
-  });
-  scroll.addEventListener("dblclick", (event) => {
-    const row = (event.target as Element).closest<HTMLElement>(".tree-row");
-    if (row?.hasAttribute("aria-expanded")) fold(row.dataset["path"]!, row.getAttribute("aria-expanded") !== "true");
-  });
-  scroll.addEventListener("scroll", draw, { passive: true });
-  search.addEventListener("input", () => {
-    query = search.value.trim();
-    if (!query && active) tree.reveal(active);
-    refresh();
-  });
-  search.addEventListener("keydown", (event) => {
-    if (event.key === "Escape") {
-      search.value = query = "";
-      refresh();
-    } else if (event.key === "ArrowDown" && rows.length) {
-      event.preventDefault();
-      scroll.focus();
-      if (!rows.some((row) => row.node.path === active)) select(rows[0]!.node.path);
-    }
-  });
-  onResize(scroll, draw, panel.signal);
+  }
 
-  panel.watch(["nodes"], () => {
-    tree = new Tree(model.get("nodes"), tree.nodes.length ? tree.unfolded : undefined);
-    const sum = tree.nodes.reduce((all, node) => all + (node.depth === 0 ? node.parameters : 0), 0);
-    setText(total, sum ? count(sum) : "");
-    showDetail();
-    refresh();
-  });
-  panel.watch(["marked"], () => {
-    marked = new Set(model.get("marked"));
-    draw();
-  });
-  panel.watch(["selected", "variable"], () => {
-    const path = model.get("selected");
-    if (path !== active) {
-      active = path;
-      tree.reveal(path);
-      refresh();
-      intoView(path);
+  private foldAt(here: number): void {
+    const row = this.rows[here];
+    if (row?.hasChildren) this.fold(row.node.path, !row.unfolded);
+  }
+
+  /** The row that a key leads to; left and right fold before they move. */
+  private reached(key: string, here: number): Row | undefined {
+    const moves: Record<string, number> = {
+      ArrowDown: here + 1, ArrowUp: here - 1, PageDown: here + this.list.page, PageUp: here - this.list.page,
+      Home: 0, End: this.rows.length - 1,
+    };
+    const to = moves[key];
+    if (to !== undefined) return this.rows[Math.max(0, Math.min(this.rows.length - 1, to))];
+    const row = this.rows[here];
+    if (key === "ArrowRight" && row?.hasChildren) {
+      if (row.unfolded) return this.rows[here + 1];
+      this.fold(row.node.path, true);
+    } else if (key === "ArrowLeft" && row) {
+      if (!row.unfolded || this.query) return this.rows.slice(0, here).findLast((other) => other.node.depth < row.node.depth);
+      this.fold(row.node.path, false);
     }
-    showDetail();
-    draw();
-  });
+    return undefined;
+  }
 }
 
-function highlight(name: string, query: string): (Node | string)[] {
-  const word = query.toLowerCase().split(/\s+/).find((part) => part && name.toLowerCase().includes(part));
-  if (!word) return [name];
-  const start = name.toLowerCase().indexOf(word);
-  return [name.slice(0, start), h("mark", {}, name.slice(start, start + word.length)), name.slice(start + word.length)];
-}
-
-export default widget<State>("tree", "Component tree", css, build);
+export default widget<State>("tree", "Component tree", css, (panel) => void new ComponentTree(panel));
