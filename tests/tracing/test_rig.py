@@ -152,7 +152,7 @@ def leaks(run, stride):
     while True:
         if model is None:
             model = DiffusionModel(tiny.ddpm())
-            model.pipeline(num_inference_steps=1)
+            model.record(num_inference_steps=1)
             before = footprint(model.pipeline)
         if not interrupted(partial(run, model), point, FILES):
             return leaked, point

@@ -46,11 +46,12 @@ def locate(reference: str) -> str:
     """Return what ``from_pretrained`` should open: a folder or a Hub id."""
     if reference in zoo.models():
         return str(zoo.path(reference))
+    named = bool(reference.strip())
     path = Path(reference).expanduser()
-    if path.is_dir():
+    if named and path.is_dir():
         _check_folder(path)
         return str(path)
-    if path.exists():
+    if named and path.exists():
         raise LoadError(f"{path} is a file; give the folder of a pipeline, the one with model_index.json.")
     if reference.count("/") == 1 and not reference.startswith((".", "/", "~")):
         return reference

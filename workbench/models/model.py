@@ -124,7 +124,7 @@ class DiffusionModel:
         """
         spec, call, rows = self._plan(prompt, seed, arguments)
         seen = Shapes()
-        probes = [*capture] if self.shapes else [*capture, seen]
+        probes = _listed(capture) if self.shapes else [*_listed(capture), seen]
         record = self._run(spec, call, rows, probes, interventions, listener, replay=None)
         self.shapes = self.shapes or seen.text()
         return record
@@ -143,8 +143,6 @@ class DiffusionModel:
         listener: Listener | None,
         replay: Replay | None,
     ) -> Record:
-        if isinstance(capture, (str, Site)):
-            raise InputError(f"capture takes a list of sites: capture=[{str(capture)!r}].")
         sites = [Site.parse(each) for each in capture if isinstance(each, (str, Site))]
         probes = [each for each in capture if not isinstance(each, (str, Site))]
         if isinstance(interventions, Intervention):
@@ -181,7 +179,7 @@ class DiffusionModel:
         """Run ``record`` again from ``step`` with ``changes``; called by `Record.fork`."""
         changes = dict(changes)
         old = record.spec
-        capture = changes.pop("capture", old.capture)
+        capture = _listed(changes.pop("capture", old.capture))
         interventions = changes.pop("interventions", old.interventions)
         listener = changes.pop("listener", None)
         if "seed" in changes:
@@ -253,6 +251,13 @@ class DiffusionModel:
     def __repr__(self) -> str:
         parts = ", ".join(self.components)
         return f"DiffusionModel({self._reference or type(self._pipeline).__name__}: {parts})"
+
+
+def _listed(capture: Sequence[Capture]) -> list[Capture]:
+    """Refuse a lone site, which as a sequence would be its letters."""
+    if isinstance(capture, (str, Site)):
+        raise InputError(f"capture takes a list of sites: capture=[{str(capture)!r}].")
+    return list(capture)
 
 
 @contextmanager
