@@ -17,10 +17,13 @@ def check(components: Mapping[str, Any], places: Mapping[Site, nn.Module]) -> No
     Raises:
         GuardError: with the component and what to switch off.
     """
+    compiled: dict[str, bool] = {}
     for site in places:
         component = site.path.partition(".")[0]
         module = components[component]
-        if _compiled(module) and site.path != component:
+        if component not in compiled:
+            compiled[component] = _compiled(module)
+        if compiled[component] and site.path != component:
             raise GuardError(
                 f"{component} is compiled: a hook on {site.path} would never fire. "
                 f"Load it without torch.compile, or trace {component} itself."

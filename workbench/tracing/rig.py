@@ -38,19 +38,19 @@ class Rig:
     """Everything one run has put on a model; `sweep` takes it all off."""
 
     def __init__(self) -> None:
-        self._modules: list[nn.Module] = []
+        self._modules: dict[nn.Module, None] = {}
         self._wrapped: list[tuple[Any, str]] = []
 
     def before(self, module: nn.Module, hook: Before) -> Owned:
         """Call ``hook(module, args, kwargs)`` before each forward of ``module``."""
-        self._modules.append(module)
+        self._modules[module] = None
         owned = Owned(self, hook)
         module.register_forward_pre_hook(owned, with_kwargs=True)
         return owned
 
     def after(self, module: nn.Module, hook: After) -> Owned:
         """Call ``hook(module, args, kwargs, output)`` after each forward."""
-        self._modules.append(module)
+        self._modules[module] = None
         owned = Owned(self, hook)
         module.register_forward_hook(owned, with_kwargs=True)
         return owned

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -25,12 +26,12 @@ class System:
     components: Mapping[str, Any]
     call: Callable[..., Any]
 
-    @property
+    @cached_property
     def denoisers(self) -> dict[str, nn.Module]:
         """The modules that are called with a timestep: UNets and transformers, one or more."""
         return {name: part for name, part in self.components.items() if is_denoiser(part)}
 
-    @property
+    @cached_property
     def schedulers(self) -> dict[str, Any]:
         """The components that step latents along a list of timesteps."""
         return {

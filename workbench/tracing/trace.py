@@ -66,6 +66,8 @@ class Trace:
         self._catch: Callable[[Row], bool] | None = None
         self._done = False
         self._open_paths: set[str] = set()
+        self._modules: dict[Site, nn.Module] = {}
+        self._checked: set[tuple[str, bool]] = set()
 
     def __enter__(self) -> Self:
         if self._coroutine is not None:
@@ -211,9 +213,7 @@ class Trace:
         return place
 
     def _run_to(self, place: Site) -> None:
-        components = self._session.system.components
-        module = resolve(components, place.path)
-        check(components, {place: module})
+        module = self._module_at(place)
         row = self._pause.row if self._pause is not None else None
         self._within = row if row is not None and _component(place) == row.component else None
         self._wanted = place
@@ -230,6 +230,17 @@ class Trace:
                 f"{place} {passed}; the run is at {self._spot()}. Values can be read in the order the model "
                 "computes them, once each call."
             )
+
+    def _module_at(self, place: Site) -> nn.Module:
+        if place not in self._modules:
+            components = self._session.system.components
+            module = resolve(components, place.path)
+            kind = (_component(place), place.path == _component(place))
+            if kind not in self._checked:
+                check(components, {place: module})
+                self._checked.add(kind)
+            self._modules[place] = module
+        return self._modules[place]
 
     def _hook_once(self, place: Site, module: nn.Module) -> Owned:
         self._keep_hookable(place.path)
