@@ -285,7 +285,7 @@ class Workbench:
 
     def _measure(self, job: Job, pair: Pair) -> None:
         pair.floor = self._stage.measure_floor(pair, job)
-        self.map.noise_floor = pair.floor[0]
+        self.map.noise_floor = abs(pair.floor[0])
         self._draw_images()
 
     def _show_cell(self, job: Job, pair: Pair, site: Site, column: int) -> Cell:
@@ -425,7 +425,7 @@ class Workbench:
             self.map.signed = True
             self.map.source_label = pair.experiment.source
             self.map.target_label = pair.experiment.target
-            self.map.noise_floor = None if pair.floor is None else pair.floor[0]
+            self.map.noise_floor = None if pair.floor is None else abs(pair.floor[0])
 
     def _draw_images(self) -> None:
         pair, cell = self._pair, self._cell
