@@ -28,6 +28,14 @@ def test_farther_from_the_source_than_the_target_is_negative():
     assert towards(grey(50), target=grey(100), source=grey(200)) == pytest.approx(-0.5)
 
 
+def test_a_change_elsewhere_does_not_move_towards_the_source():
+    target, source, elsewhere = grey(0), grey(0), grey(0)
+    source.putpixel((0, 0), (200, 0, 0))
+    elsewhere.putpixel((3, 1), (200, 200, 200))
+    assert towards(elsewhere, target, source) == 0.0
+    assert towards(source, target, source) == pytest.approx(1.0)
+
+
 def test_where_source_and_target_are_the_same_nothing_moves():
     assert towards(grey(50), target=grey(100), source=grey(100)) == 0.0
 

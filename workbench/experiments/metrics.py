@@ -12,7 +12,7 @@ def difference(first: Image.Image, second: Image.Image) -> float:
 
 
 def towards(image: Image.Image, target: Image.Image, source: Image.Image) -> float:
-    """Return how far a picture has moved from the target's to the source's.
+    """Return how far a picture has moved from the target's to the source's, along the line between them.
 
     Args:
         image: the patched run's picture.
@@ -20,11 +20,13 @@ def towards(image: Image.Image, target: Image.Image, source: Image.Image) -> flo
         source: what it would be if everything came from the source's run.
 
     Returns:
-        ``1 − d(image, source) / d(target, source)`` with `difference` as d: 0 is the target, 1 the
-        source, negative farther from the source than the target is; 0 where the two are the same.
+        ``⟨image − target, source − target⟩ / ‖source − target‖²`` over the pixels: 0 is the target, 1 the
+        source, negative the other way; a change that has nothing to do with the source counts little,
+        however large it is. 0 where the two are the same.
     """
-    apart = difference(target, source)
-    return 1 - difference(image, source) / apart if apart else 0.0
+    way = pixels(source) - pixels(target)
+    length = float((way**2).sum())
+    return float(((pixels(image) - pixels(target)) * way).sum()) / length if length else 0.0
 
 
 def difference_image(first: Image.Image, second: Image.Image) -> Image.Image:
