@@ -54,7 +54,6 @@ class Trace:
         self._release = release
         self._finish = finish
         self._coroutine: greenlet.greenlet | None = None
-        self._outside = Ambient()
         self._inside: Ambient | None = None
         self._pause: Pause | None = None
         self._seen: dict[Site, Any] = {}
@@ -302,29 +301,34 @@ class Trace:
         coroutine = self._coroutine
         if coroutine is None or self._done:
             raise TraceError("The run has ended. Read values inside the with block, before it is over.")
-        self._outside, self._pause = Ambient(), None
-        if self._inside is not None:
-            self._inside.restore()
-        coroutine.parent = greenlet.getcurrent()
+        self._pause = None
         try:
-            coroutine.switch()
+            self._cross(coroutine.switch)
         finally:
-            self._outside.restore()
             self._done = coroutine.dead
 
     def _end(self) -> None:
         """Make the pipeline unwind if it has not ended."""
         coroutine = self._coroutine
         if coroutine is not None and not coroutine.dead and coroutine:
-            outside = Ambient()
-            if self._inside is not None:
-                self._inside.restore()
-            coroutine.parent = greenlet.getcurrent()
+            self._cross(partial(coroutine.throw, greenlet.GreenletExit))
+        self._done = True
+
+    def _cross(self, into: Callable[[], Any]) -> None:
+        """Go into the pipeline with its torch state, and come back with the block's."""
+        coroutine = self._coroutine
+        assert coroutine is not None
+        coroutine.parent = greenlet.getcurrent()
+        outside = Ambient()
+        try:
             try:
-                coroutine.throw(greenlet.GreenletExit)
+                if self._inside is not None:
+                    self._inside.restore()
+                into()
             finally:
                 outside.restore()
-        self._done = True
+        finally:
+            outside.restore()
 
     def _forget_past_calls(self) -> None:
         if self._pause is not None and self._pause.row is not self._seen_in:
