@@ -7,15 +7,30 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 
 from tests import tiny
 from tests.watching import as_bytes, footprint, forwards_of, latents_of
+from workbench import zoo
 from workbench.errors import WorkbenchError
 from workbench.interventions.patch import Patch
 from workbench.models.model import DiffusionModel
 from workbench.tracing.sites import modules
 
+
+def shipped(name):
+    """Return the case of a model that comes with the package."""
+
+    def build():
+        pipeline = DiffusionPipeline.from_pretrained(zoo.path(name))
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    return tiny.Case(build, tiny.WORDED, "unet.mid_block")
+
+
 CASES = [pytest.param(case, id=name) for name, case in tiny.CASES.items()]
+CASES += [pytest.param(shipped(name), id=name) for name in zoo.models()]
 STEPS = 4
 
 
