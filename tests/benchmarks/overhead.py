@@ -1,0 +1,98 @@
+"""What looking costs: a run with a trace, as a multiple of the bare pipeline's time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from tests.benchmarks import beside
+from tests.benchmarks.table import PROMPT, Row, Setting, milliseconds, ratio, take_turns
+from workbench import DiffusionModel
+from workbench.tracing.sites import modules
+from workbench.tracing.structure import leaves
+
+SITE = "unet.mid_block"
+
+
+def rows(setting: Setting) -> Iterator[Row]:
+    """Yield the bare pipeline's time and the ratios to it."""
+    model = DiffusionModel(setting.model)
+    seconds = take_turns(variants(model, setting) | beside.overhead(setting), setting.rounds)
+    yield Row(
+        "bare pipeline, one image",
+        milliseconds(seconds["bare"]),
+        milliseconds(seconds["nnsight: bare"]) if "nnsight: bare" in seconds else "",
+    )
+    for name in ("idle trace", "one site at each step", "every module's output"):
+        yield Row(
+            name, ratio(seconds, name, "bare"), beside.ratio(seconds, f"nnsight: {name}", "nnsight: bare")
+        )
+    yield Row("one site at each step, kept", ratio(seconds, "one site, kept", "bare"))
+    name = f"every module's output, kept ({mebibytes(model, setting):.0f} MiB)"
+    yield Row(name, ratio(seconds, "all sites, kept", "bare"))
+
+
+def mebibytes(model: DiffusionModel, setting: Setting) -> float:
+    """Return how much a record of every module's output holds."""
+    pipeline = model.pipeline
+    called = called_once(pipeline, [path for path in modules({"unet": pipeline.unet}) if path != "unet"])
+    record = model.record(PROMPT, capture=called, num_inference_steps=1)
+    kept = [
+        tensor for values in record.captured.values() for each in values for _, tensor in leaves(each.value)
+    ]
+    return setting.steps * sum(tensor.nbytes for tensor in kept) / 2**20
+
+
+def variants(model: DiffusionModel, setting: Setting) -> dict[str, Callable[[], Any]]:
+    """Return the runs to time, by name."""
+    pipeline = model.pipeline
+    pipeline.set_progress_bar_config(disable=True)
+    asked: dict[str, Any] = {"num_inference_steps": setting.steps, "seed": 0}
+    every = [path for path in modules({"unet": pipeline.unet}) if path != "unet"]
+    called = called_once(pipeline, every)
+
+    def bare() -> None:
+        generator = torch.Generator("cpu").manual_seed(0)
+        pipeline(PROMPT, num_inference_steps=setting.steps, generator=generator)
+
+    def idle() -> None:
+        with model.generate(PROMPT, **asked):
+            pass
+
+    def one() -> None:
+        with model.generate(PROMPT, **asked) as run:
+            for _ in run.steps:
+                model.unet.mid_block.output.save()
+
+    def all_of_them() -> None:
+        proxies = [model.site(path) for path in called]
+        with model.generate(PROMPT, **asked) as run:
+            for _ in run.steps:
+                for proxy in proxies:
+                    getattr(proxy, "output")  # noqa: B009 - a read is what is timed
+
+    return {
+        "bare": bare,
+        "idle trace": idle,
+        "one site at each step": one,
+        "every module's output": all_of_them,
+        "one site, kept": lambda: model.record(PROMPT, capture=[SITE], **asked),
+        "all sites, kept": lambda: model.record(PROMPT, capture=called, **asked),
+    }
+
+
+def called_once(pipeline: Any, paths: list[str]) -> list[str]:
+    """Return the modules called in one forward, in the order they return, each once."""
+    order: list[str] = []
+    handles = [
+        pipeline.unet.get_submodule(path.removeprefix("unet.")).register_forward_hook(
+            lambda *_, path=path: order.append(path)
+        )
+        for path in paths
+    ]
+    pipeline(PROMPT, num_inference_steps=1)
+    for handle in handles:
+        handle.remove()
+    return list(dict.fromkeys(order))

@@ -1,0 +1,86 @@
+"""What is measured, and how it is printed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+PROMPT = "a large red circle and a small blue square on a dark background"
+OTHER = "a large green cross and a small blue square on a dark background"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every benchmark is run with."""
+
+    model: str
+    steps: int
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    what: str
+    value: str
+    nnsight: str = ""
+
+
+def take_turns(variants: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Time each variant once a round, another first each round; return seconds by variant."""
+    for run in variants.values():
+        run()
+    names = list(variants)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds):
+        first = turn % len(names)
+        for name in [*names[first:], *names[:first]]:
+            began = time.perf_counter()
+            variants[name]()
+            seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def ratio(seconds: Mapping[str, Sequence[float]], name: str, beside: str) -> str:
+    """Spell the median over the rounds of one variant's time over another's, with its spread."""
+    each = sorted(one / other for one, other in zip(seconds[name], seconds[beside], strict=True))
+    low, high = each[len(each) // 4], each[-1 - len(each) // 4]
+    return f"× {median(each):.3f} ({low:.3f} to {high:.3f})"
+
+
+def milliseconds(seconds: Sequence[float]) -> str:
+    """Spell a median time."""
+    return f"{1000 * median(seconds):.0f} ms"
+
+
+def as_text(rows: Sequence[Row]) -> str:
+    """Spell the table for a terminal."""
+    wide, value = (max(len(getattr(row, name)) for row in rows) for name in ("what", "value"))
+    head = f"{'':<{wide}}  {'workbench':<{value}}  nnsight"
+    return "\n".join([head, *(f"{row.what:<{wide}}  {row.value:<{value}}  {row.nnsight}" for row in rows)])
+
+
+def as_markdown(rows: Sequence[Row], setting: Setting, machine: str) -> str:
+    """Spell the table for the README of the benchmarks."""
+    return "\n".join(
+        [
+            "# Benchmarks",
+            "",
+            "`make bench` prints them; `python -m tests.benchmarks --write` writes this page.",
+            "",
+            f"{machine}.",
+            "",
+            f"{setting.model}, {setting.steps} steps with guidance. Ratios are to the bare pipeline in the same",
+            f"process, the variants taking turns: the median of {setting.rounds} rounds, and the middle half of",
+            "them. nnsight does the same where it is installed.",
+            "",
+            "| | workbench | nnsight |",
+            "|---|---|---|",
+            *(f"| {row.what} | {row.value} | {row.nnsight} |" for row in rows),
+            "",
+        ]
+    )
