@@ -301,7 +301,7 @@ def test_fill_computes_the_missing_and_stop_ends_it(fresh):
     until(lambda: all(job.done for job in jobs))
     assert np.isfinite(bench.map.array()).sum() == 1
     del bench._pair.map.sites[2:]
-    bench._draw_map(bench._pair)
+    bench._screen.draw_map(bench._pair)
     jobs = bench.fill()
     assert len(jobs) == 7
     for job in jobs:

@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from pydantic import ValidationError
 
 from workbench.errors import BusyError, InputError, RunStopped, UnknownNameError, WorkbenchError, nearest
 from workbench.experiments.experiment import Experiment, defaults
-from workbench.experiments.metrics import difference_image
 from workbench.experiments.patchmap import Cell
 from workbench.experiments.scripts import standalone_code, workbench_code
 from workbench.experiments.windows import WINDOWS
 from workbench.jobs.worker import PATIENT, URGENT, Job, Worker
 from workbench.models import arguments as checks
 from workbench.models.model import DiffusionModel
-from workbench.models.outline import outline
 from workbench.models.quiet import quiet_run
-from workbench.tracing.clock import Tick
 from workbench.tracing.record import Record
 from workbench.tracing.sites import Site
 from workbench.widgets import layout
 from workbench.widgets.code import CodeView
 from workbench.widgets.controls import RunControls
 from workbench.widgets.images import ImageStrip
-from workbench.widgets.lanes import change_curve, lane, step_rows
-from workbench.widgets.overlay import overlay
 from workbench.widgets.patch_map import PatchMap as PatchMapView
-from workbench.widgets.pictures import png
+from workbench.widgets.screen import Screen
 from workbench.widgets.scrubber import StepScrubber
 from workbench.widgets.stage import Pair, Stage
 from workbench.widgets.views import component_tree
@@ -74,7 +67,6 @@ class Workbench:
         self._worker = Worker("workbench")
         self._pair: Pair | None = None
         self._cell: Cell | None = None
-        self._shown = 0.0
         own = defaults(self.model)
         guidance = own.get("guidance_scale") if guidance is None else guidance
         self.controls = RunControls(
@@ -94,6 +86,9 @@ class Workbench:
         self.map = PatchMapView(window="half")
         self.images = ImageStrip()
         self.code = CodeView(formats=list(FORMATS), code=workbench_code(self.experiment))
+        self._screen = Screen(
+            self._stage, self.controls, self.tree, self.scrubber, self.map, self.images, self.code
+        )
         self._listen()
         self._box = layout.arrange(self)
 
@@ -136,13 +131,13 @@ class Workbench:
         checks.check(self.model.pipeline, {"prompt": experiment.source, **experiment.settings()})
         checks.check(self.model.pipeline, {"prompt": experiment.target, **experiment.settings()})
         self._worker.stop()
-        self._say("running", error={})
+        self._screen.say("running", forget=True)
         return self._submit("run", lambda job: self._run_pair(job, experiment))
 
     def stop(self) -> None:
         """Stop whatever runs before its next denoiser call; what has been computed stays."""
         if self._worker.busy:
-            self._say("stopping")
+            self._screen.say("stopping")
         self.map.status = "idle"
         self._worker.stop()
 
@@ -164,7 +159,7 @@ class Workbench:
             raise InputError(f"The runs have {pair.map.steps} steps, counted from 0; {step} is none of them.")
         if window is not None:
             self.set_window(window)
-        self._say("running", error={})
+        self._screen.say("running", forget=True)
         return self._submit("patch", lambda job: self._show_cell(job, pair, wanted, step))
 
     def fill(self) -> list[Job]:
@@ -187,7 +182,7 @@ class Workbench:
         self.map.window = window
         if self._pair is not None:
             self._pair.map.window = window
-            self._draw_map(self._pair)
+            self._screen.draw_map(self._pair)
 
     def export(self, format: str = "standalone", path: str | Path | None = None) -> Path:
         """Write what is on screen to a file.
@@ -237,14 +232,14 @@ class Workbench:
     def _listen(self) -> None:
         self.controls.on("run", self._guarded(lambda _: self.run()))
         self.controls.on("stop", lambda _: self.stop())
-        self.controls.on("dismiss", lambda _: self._say(self.controls.status, error={}))
+        self.controls.on("dismiss", lambda _: self._screen.say(self.controls.status, forget=True))
         self.map.on("cell", self._guarded(lambda asked: self._cell_clicked(asked.row, asked.column)))
         self.map.on("fill", self._guarded(lambda _: self.fill()))
         self.map.on("stop", lambda _: self.stop())
         self.map.on("window", self._guarded(lambda asked: self.set_window(asked.value)))
         self.code.on("export", self._guarded(lambda asked: self._export_clicked(asked.format)))
         for name in ("source", "target", "seed", "steps", "guidance"):
-            self.controls.observe(lambda _: self._draw_code(), name)
+            self.controls.observe(lambda _: self._settings_changed(), name)
 
     def _guarded(self, act: Callable[[Any], Any]) -> Callable[[Any], None]:
         """Show an error of ours in the app instead of losing it in a log."""
@@ -253,9 +248,15 @@ class Workbench:
             try:
                 act(asked)
             except WorkbenchError as error:
-                self._say(self.controls.status, error=_spell(error))
+                self._screen.say(self.controls.status, error)
 
         return handle
+
+    def _settings_changed(self) -> None:
+        try:
+            self._screen.draw_code(self.experiment)
+        except InputError:
+            return
 
     def _cell_clicked(self, row: int, column: int) -> None:
         self.patch(self.map.sites[row], column)
@@ -270,7 +271,7 @@ class Workbench:
             with quiet_run(self.model.pipeline):
                 return work(job)
 
-        job = Job(label, work_quietly, self._watch(), priority)
+        job = Job(label, work_quietly, self._screen.follow(self._size), priority)
         job.when_done(self._ended)
         return self._worker.submit(job)
 
@@ -279,14 +280,15 @@ class Workbench:
         first, self._pair, self._cell = self._pair is None, pair, None
         if first:
             self.scrubber.step = pair.target.ledger.steps - 1
-        self._draw_pair(pair)
+        self._screen.draw(pair, None)
         self._submit("noise floor", lambda later: self._measure(later, pair), PATIENT)
         return pair
 
     def _measure(self, job: Job, pair: Pair) -> None:
         pair.floor = self._stage.measure_floor(pair, job)
         self.map.noise_floor = abs(pair.floor[0])
-        self._draw_images()
+        if pair is self._pair:
+            self._screen.draw_images(pair, self._cell)
 
     def _show_cell(self, job: Job, pair: Pair, site: Site, column: int) -> Cell:
         if pair is not self._pair:
@@ -294,7 +296,7 @@ class Workbench:
         added = site not in pair.map.sites
         if added:
             pair.map.sites.append(site)
-            self._draw_map(pair)
+            self._screen.draw_map(pair)
         row = pair.map.sites.index(site)
         self.map.busy = [row, column]
         try:
@@ -304,13 +306,10 @@ class Workbench:
             self.map.busy = []
             if added:
                 pair.map.sites.remove(site)
-                self._draw_map(pair)
+                self._screen.draw_map(pair)
         self._cell = cell
         self.map.selected = [row, column]
-        self._draw_map(pair)
-        self._draw_images()
-        self._draw_code()
-        self._draw_lanes(pair)
+        self._screen.draw_cell(pair, cell)
         return cell
 
     def _filling(self, pair: Pair, row: int, column: int, done: int, total: int) -> Callable[[Job], None]:
@@ -323,137 +322,30 @@ class Workbench:
             finally:
                 self.map.busy = []
             self.map.progress = {"done": done + 1, "of": total}
-            self._draw_map(pair)
+            self._screen.draw_map(pair)
 
         return fill
-
-    def _watch(self) -> Callable[[Job, Tick, torch.Tensor], None]:
-        pace = _Pace()
-
-        def watch(job: Job, tick: Tick, _: torch.Tensor) -> None:
-            if job.label not in ("source", "target"):
-                return
-            total = self.controls.steps
-            done = tick.step + 1
-            pace.see(done)
-            self.controls.progress = {
-                "label": job.label,
-                "step": done,
-                "of": total,
-                "rate": pace.rate,
-                "left": (total - done) / pace.rate if pace.rate else None,
-            }
-            self._preview(tick)
-
-        return watch
-
-    def _preview(self, tick: Tick) -> None:
-        """Show the predicted clean sample, at most 15 times a second and a tenth of the time."""
-        pause = max(1 / 15, 10 * self._stage.decoder.seconds)
-        if time.monotonic() - self._shown < pause:
-            return
-        size = self._pair.target.images[0].size if self._pair is not None else None
-        image = self._stage.preview(tick.pred_x0, size)
-        self._shown = time.monotonic()
-        if image is not None:
-            self.controls.preview = png(image)
 
     def _ended(self, job: Job) -> None:
         error = job.error()
         urgent = job.priority == URGENT
         if isinstance(error, RunStopped):
-            self._keep_partial(error)
+            self._keep_partial(error.record)
         if error is not None and (urgent or not isinstance(error, RunStopped)):
-            self._say("idle" if isinstance(error, RunStopped) else "error", error=_spell(error))
+            self._screen.say("idle" if isinstance(error, RunStopped) else "error", error)
         elif urgent:
-            self._say("done" if error is None and not job.stopping else "idle")
+            self._screen.say("done" if not job.stopping else "idle")
         if job.label == "map" and not self._worker.waiting("map"):
             self.map.status = "idle"
 
-    def _keep_partial(self, stopped: RunStopped) -> None:
+    def _keep_partial(self, record: object) -> None:
         """Show how far a stopped run came, if there is nothing better to show."""
-        record = stopped.record
         if self._pair is None and isinstance(record, Record) and record.ticks:
-            self.scrubber.rows = step_rows(record)[: len(record.ticks)]
-            self.scrubber.lanes = [lane("stopped", record, self._stage.decoder)]
+            self._screen.draw_partial(record)
 
-    # What the views are given.
-
-    def _say(self, status: str, *, error: dict[str, str] | None = None) -> None:
-        with self.controls.hold_sync():
-            self.controls.status = status
-            if error is not None:
-                self.controls.error = error
-
-    def _draw_pair(self, pair: Pair) -> None:
-        self.tree.nodes = [node.__dict__ for node in outline(self.model)]
-        self.tree.marked = [site.path for site in pair.map.sites]
-        self._draw_lanes(pair)
-        self._draw_map(pair)
-        self._draw_images()
-        self._draw_code()
-
-    def _draw_lanes(self, pair: Pair) -> None:
-        decoder = self._stage.decoder
-        if not pair.lanes:
-            pair.lanes = [lane("source", pair.source, decoder), lane("target", pair.target, decoder)]
-        patched = [] if self._cell is None else [lane("patched", self._cell.record, decoder)]
-        lanes = [*pair.lanes, *patched]
-        kinds = [kind for kind in lanes[0]["frames"] if all(kind in each["frames"] for each in lanes)]
-        with self.scrubber.hold_sync():
-            self.scrubber.rows = step_rows(pair.target)
-            self.scrubber.curve = change_curve(pair.target)
-            self.scrubber.kinds = kinds
-            if kinds and self.scrubber.kind not in kinds:
-                self.scrubber.kind = kinds[0]
-            self.scrubber.lanes = lanes
-            self.scrubber.attention = self._overlay(pair.target)
-            self.scrubber.step = min(self.scrubber.step, pair.target.ledger.steps - 1)
-
-    def _overlay(self, record: Record) -> dict[str, Any]:
-        if record.attention is None or not hasattr(record.images[0], "size"):
-            return {}
-        return overlay(record.attention, lane=1, size=record.images[0].size)
-
-    def _draw_map(self, pair: Pair) -> None:
-        with self.map.hold_sync():
-            self.map.sites = [str(site) for site in pair.map.sites]
-            self.map.steps = pair.map.steps
-            self.map.values = pair.map.values.tobytes()
-            self.map.metric = "towards source"
-            self.map.limit = 1.0
-            self.map.signed = True
-            self.map.source_label = pair.experiment.source
-            self.map.target_label = pair.experiment.target
-            self.map.noise_floor = None if pair.floor is None else abs(pair.floor[0])
-
-    def _draw_images(self) -> None:
-        pair, cell = self._pair, self._cell
-        if pair is None:
-            return
-        cards = [self._card("source", pair.source), self._card("target", pair.target)]
-        note = ""
-        if cell is not None:
-            change = difference_image(cell.image, pair.target.images[0])
-            cards.append(self._card("patched", cell.record))
-            cards.append({"label": "Δ", "png": png(change), "caption": "patched − target", "badge": ""})
-            note = f"towards source {cell.towards:.0%} · difference {cell.difference:.3f}"
-            if pair.floor is not None:
-                note += f" · another seed: {pair.floor[0]:.0%}, {pair.floor[1]:.3f}"
-        with self.images.hold_sync():
-            self.images.cards = cards
-            self.images.note = note
-
-    def _card(self, label: str, record: Record) -> dict[str, Any]:
-        image = record.images[0]
-        return {"label": label, "png": png(image), "caption": self._stage.describe(image), "badge": ""}
-
-    def _draw_code(self) -> None:
-        try:
-            experiment = self.experiment
-        except InputError:
-            return
-        self.code.code = workbench_code(experiment)
+    def _size(self) -> tuple[int, int] | None:
+        """Width and height of the images, once there is one."""
+        return None if self._pair is None else self._pair.target.images[0].size
 
     def _asked(self) -> Experiment:
         controls = self.controls
@@ -476,26 +368,6 @@ class Workbench:
         if self._pair is None:
             raise InputError("There are no runs yet to patch between. Run first: bench.run()")
         return self._pair
-
-
-class _Pace:
-    """Steps a second since the run's first step."""
-
-    def __init__(self) -> None:
-        self.rate: float | None = None
-        self._first = 0
-        self._began = 0.0
-
-    def see(self, done: int) -> None:
-        """Note that ``done`` steps are done; a smaller number than before is another run."""
-        if self._first == 0 or done <= self._first:
-            self._first, self._began, self.rate = done, time.monotonic(), None
-        else:
-            self.rate = (done - self._first) / (time.monotonic() - self._began)
-
-
-def _spell(error: BaseException) -> dict[str, str]:
-    return {"title": type(error).__name__, "text": str(error)}
 
 
 def _free_path(ending: str) -> Path:
