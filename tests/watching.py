@@ -49,6 +49,7 @@ def latents_of(pipeline: Any) -> Iterator[list[Any]]:
     step = scheduler.step
     seen: list[Any] = []
 
+    @wraps(step)  # a pipeline hands the generator only to a step whose signature names it
     def watched(*args: Any, **kwargs: Any) -> Any:
         result = step(*args, **kwargs)
         seen.append(as_bytes(result[0] if isinstance(result, tuple) else result.prev_sample))

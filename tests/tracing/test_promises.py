@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, EulerAncestralDiscreteScheduler
 
 from tests import tiny
 from tests.watching import as_bytes, footprint, forwards_of, latents_of
@@ -104,6 +104,15 @@ def test_without_a_seed_the_noise_is_the_pipelines_own(case):
     record = DiffusionModel(pipeline).record(**case.arguments)
     assert as_bytes(dict(record.output)) == as_bytes(dict(bare))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerAncestralDiscreteScheduler])
+def test_the_scheduler_draws_its_noise_from_the_generator_as_without_us(scheduler, eta):
+    pipeline = tiny.sd1(scheduler)
+    bare = pipeline(**tiny.WORDED, eta=eta, generator=torch.Generator("cpu").manual_seed(0))
+    record = DiffusionModel(pipeline).record(**tiny.WORDED, eta=eta, seed=0)
+    assert as_bytes(dict(record.output)) == as_bytes(dict(bare))
 
 
 def test_control_the_comparison_sees_one_changed_bit():

@@ -1,5 +1,6 @@
 """What a rig puts on a model comes off again: whoever else is there, and wherever the interrupt falls."""
 
+import inspect
 import opcode
 import sys
 from functools import partial
@@ -81,6 +82,14 @@ def test_a_method_wrapped_twice_comes_back_as_it_was():
     rig.sweep()
     assert "forward" not in vars(module)
     assert module(ONE) == 2
+
+
+def test_a_wrapped_method_keeps_its_signature():
+    module, rig = Doubler(), Rig()
+    before = inspect.signature(module.forward)
+    rig.wrap(module, "forward", lambda forward: lambda *args: forward(*args))
+    assert inspect.signature(module.forward) == before
+    rig.sweep()
 
 
 def test_a_method_somebody_shadows_after_us_stays_theirs():

@@ -24,6 +24,8 @@ After = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
 class Owned:
     """A callable that belongs to a rig."""
 
+    __wrapped__: Callable[..., Any]
+
     def __init__(self, owner: Rig, call: Callable[..., Any], before: Any = _MISSING) -> None:
         self.owner = owner
         self.call = call
@@ -58,8 +60,10 @@ class Rig:
     def wrap(self, target: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         """Shadow the method ``target.name`` by ``make(method)`` on this one object."""
         self._wrapped.append((target, name))
-        own = target.__dict__.get(name, _MISSING)
-        target.__dict__[name] = Owned(self, make(getattr(target, name)), own)
+        own, method = target.__dict__.get(name, _MISSING), getattr(target, name)
+        shadow = Owned(self, make(method), own)
+        shadow.__wrapped__ = method  # pipelines read a method's signature to choose what to hand it
+        target.__dict__[name] = shadow
 
     def drop(self, module: nn.Module, owned: Owned) -> None:
         """Take one hook off."""
