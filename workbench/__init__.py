@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from workbench.attention.capture import Attention as Attention
     from workbench.experiments.experiment import Experiment as Experiment
+    from workbench.interventions.attach import Attach as Attach
     from workbench.interventions.patch import Patch as Patch
     from workbench.models.model import DiffusionModel as DiffusionModel
     from workbench.tracing.record import Record as Record
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Attach": "workbench.interventions.attach",
     "Attention": "workbench.attention.capture",
     "Experiment": "workbench.experiments.experiment",
     "DiffusionModel": "workbench.models.model",
@@ -37,6 +39,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Attach",
     "Attention",
     "DiffusionModel",
     "Experiment",

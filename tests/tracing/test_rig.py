@@ -69,7 +69,7 @@ def test_one_hook_can_be_dropped_and_the_others_stay():
     module, rig = Doubler(), Rig()
     first = rig.after(module, lambda *args: args[-1] + 1)
     rig.after(module, lambda *args: args[-1] + 10)
-    rig.drop(module, first)
+    rig.drop(first)
     assert module(ONE) == 12
     rig.sweep()
 

@@ -69,5 +69,5 @@ def test_a_path_leads_to_its_module():
     ],
 )
 def test_an_unknown_path_names_the_nearest(path, near):
-    with pytest.raises(UnknownNameError, match=f"no module '{path}'.*{near}"):
+    with pytest.raises(UnknownNameError, match=f"no module or method '{path}'.*{near}"):
         resolve(tiny.sd1().components, path)

@@ -11,7 +11,7 @@ import torch
 
 from workbench.errors import InputError, ShapeError
 from workbench.interventions.intervention import Intervention
-from workbench.tracing.ledger import Row
+from workbench.tracing.ledger import ALL, GUIDED, Row
 from workbench.tracing.record import Record
 from workbench.tracing.sites import Site
 from workbench.tracing.structure import describe
@@ -57,5 +57,5 @@ class Patch(Intervention):
 
     def _nth(self, row: Row, branch: str) -> int:
         """Return which call of its step and branch ``row`` is, by its place among the step's ticks."""
-        first = min(each.tick for each in self.source.ledger.at(row.step, branch))
-        return row.tick - first if len(self.source.ledger.at(row.step, branch)) > 1 else 0
+        ticks = {each.tick for each in self.source.ledger.at(row.step, ALL if branch == GUIDED else branch)}
+        return row.tick - min(ticks) if len(ticks) > 1 else 0

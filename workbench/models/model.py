@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from workbench.attention import heads as _heads  # noqa: F401  makes the port known
 from workbench.errors import BusyError, InputError, UnknownNameError, nearest
 from workbench.interventions.intervention import Intervention
 from workbench.models import arguments as checks
 from workbench.models.loading import load
-from workbench.models.proxy import ModuleProxy
+from workbench.models.proxy import ModuleProxy, proxy
 from workbench.models.shapes import Shapes
 from workbench.tracing.record import Record, RunSpec
 from workbench.tracing.replay import Replay
@@ -77,9 +78,13 @@ class DiffusionModel:
         """The UNet or transformer, or both of a pipeline that has two."""
         return self._system().denoisers
 
-    def site(self, path: str) -> ModuleProxy:
-        """Return the module at a path, also one whose name clashes with an attribute of ours."""
-        return ModuleProxy(path, resolve(self.components, path), lambda: self._trace)
+    def site(self, path: str) -> Any:
+        """Return the module or method at a path, also one whose name clashes with an attribute of ours.
+
+        Args:
+            path: ``unet.mid_block``, ``vae.decode``, ``scheduler.step``.
+        """
+        return proxy(path, resolve(self.components, path), lambda: self._trace)
 
     def generate(self, prompt: Any = None, *, seed: Seed = None, **arguments: Any) -> Trace:
         """Open a traced run; inside the ``with`` block values are read and replaced as they pass.

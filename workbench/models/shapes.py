@@ -41,7 +41,7 @@ class Shapes:
 
     def _watch(self, session: Session, path: str, module: nn.Module) -> None:
         def note(_module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
-            session.rig.drop(module, hook)
+            session.rig.drop(hook)
             found = dict(leaves(output))
             self.shapes[path] = {leaf: tuple(each.shape) for leaf, each in found.items()}
             self.bytes[path] = sum(each.numel() * each.element_size() for each in found.values())

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from workbench.tracing import prediction
-from workbench.tracing.ledger import Ledger, Row
-from workbench.tracing.rig import Owned, Rig
+from workbench.tracing.ledger import GUIDED, Ledger, Row
+from workbench.tracing.rig import Method, Rig
 from workbench.tracing.system import System
 
 
@@ -36,6 +35,8 @@ class Tick:
     before: torch.Tensor
     pred_x0: torch.Tensor | None
 
+
+_STEP_ARGUMENTS = ("model_output", "timestep", "sample")
 
 Guided = Callable[[int, int, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -61,23 +62,33 @@ class Clock:
         self.ticked: list[Callable[[Tick, torch.Tensor], None]] = []
         self.guided: Guided | None = None
         self._context: str | None = None
-        self._exits: dict[nn.Module, Owned] = {}
+        self._tick: Tick | None = None
+        self._stepping = False
 
     def attach(self, rig: Rig) -> None:
         """Watch every denoiser's entry and every scheduler of the system."""
         for name, module in self.system.denoisers.items():
             rig.before(module, self._entering(name))
+            rig.after(module, self._leaving, last=True)
             if hasattr(module, "cache_context"):
                 rig.wrap(module, "cache_context", self._labelling)
         for scheduler in self.system.schedulers.values():
-            rig.wrap(scheduler, "step", partial(self._stepping, scheduler))
+            step = Method(scheduler, "step")
+            rig.before(step, self._step_begins)
+            rig.before(step, self._tick_begins, last=True)
+            rig.after(step, self._tick_ends, last=True)
 
-    def watch_exits(self, rig: Rig) -> None:
-        """Watch what each denoiser returns, after every other hook on it so far has had its say."""
-        for module in self.system.denoisers.values():
-            if module in self._exits:
-                rig.drop(module, self._exits[module])
-            self._exits[module] = rig.after(module, self._leaving)
+    @property
+    def now(self) -> Row | None:
+        """The row that what passes now belongs to.
+
+        In ``scheduler.step`` it is the tick's last call, with the one branch ``guided``: guidance has
+        made one of its branches. None before, between and after the calls.
+        """
+        if self.row is None and self._stepping and self.ledger:
+            last: Row = self.ledger[-1]
+            return last.model_copy(update={"branches": (GUIDED,)})
+        return self.row
 
     @property
     def total_steps(self) -> int | None:
@@ -134,27 +145,40 @@ class Clock:
 
         return label
 
-    def _stepping(self, scheduler: Any, step: Callable[..., Any]) -> Callable[..., Any]:
-        def stepped(
-            model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any
-        ) -> Any:
-            index, at = self.ticks, self.step_of(self.ticks, scheduler)
-            if self.guided is not None:
-                model_output = self.guided(index, at, model_output, sample)
-            when = float(timestep)
-            self._confirm(scheduler, when)
-            tick = Tick(
-                index, at, when, model_output, sample, prediction.clean(scheduler, model_output, sample, when)
-            )
-            self.ticks += 1
-            self._context = None
-            output = step(model_output, timestep, sample, *args, **kwargs)
-            after = output[0] if isinstance(output, tuple) else output.prev_sample
-            for listener in self.ticked:
-                listener(tick, after)
-            return output
+    def _step_begins(self, *_: Any) -> None:
+        self._stepping = True
 
-        return stepped
+    def _tick_begins(
+        self, scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Note what the scheduler is stepped with, after every edit of it."""
+        model_output, timestep, sample = _step_arguments(args, kwargs)
+        index, at = self.ticks, self.step_of(self.ticks, scheduler)
+        if self.guided is not None:
+            model_output = self.guided(index, at, model_output, sample)
+        when = float(timestep)
+        self._confirm(scheduler, when)
+        self._tick = Tick(
+            index, at, when, model_output, sample, prediction.clean(scheduler, model_output, sample, when)
+        )
+        self.ticks += 1
+        self._context = None
+        if args:
+            return (model_output, *args[1:]), kwargs
+        return args, {**kwargs, _STEP_ARGUMENTS[0]: model_output}
+
+    def predict(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+        """Return x₀ as predicted by what the scheduler is about to be stepped with; None if unknown."""
+        scheduler = next(iter(self.system.schedulers.values()))
+        model_output, timestep, sample = _step_arguments(args, kwargs)
+        return prediction.clean(scheduler, model_output, sample, float(timestep))
+
+    def _tick_ends(self, _: Any, _args: Any, _kwargs: Any, output: Any) -> None:
+        tick, self._tick, self._stepping = self._tick, None, False
+        after = output[0] if isinstance(output, tuple) else output.prev_sample
+        assert tick is not None
+        for listener in self.ticked:
+            listener(tick, after)
 
     def _confirm(self, scheduler: Any, timestep: float) -> None:
         """Write what the scheduler was really stepped with into the rows of this tick."""
@@ -195,6 +219,12 @@ class Clock:
             return ("cond", "uncond") if _null_class_last(labels, self.rows) else ("uncond", "cond")
         earlier = sum(1 for row in self.ledger if row.tick == self.ticks)
         return (("cond", "uncond")[earlier] if earlier < 2 else f"guide{earlier}",)
+
+
+def _step_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, Any]:
+    given = {**dict(zip(_STEP_ARGUMENTS, args, strict=False)), **kwargs}
+    model_output, timestep, sample = (given[name] for name in _STEP_ARGUMENTS)
+    return model_output, timestep, sample
 
 
 def _null_class_last(labels: Any, rows: int) -> bool:

@@ -8,10 +8,11 @@ from typing import Any
 from torch import nn
 
 from workbench.errors import GuardError
+from workbench.tracing.rig import Target
 from workbench.tracing.sites import Site
 
 
-def check(components: Mapping[str, Any], places: Mapping[Site, nn.Module]) -> None:
+def check(components: Mapping[str, Any], places: Mapping[Site, Target]) -> None:
     """Refuse, before the run, what would give wrong or missing values.
 
     Raises:
@@ -21,6 +22,8 @@ def check(components: Mapping[str, Any], places: Mapping[Site, nn.Module]) -> No
     for site in places:
         component = site.path.partition(".")[0]
         module = components[component]
+        if not isinstance(module, nn.Module):
+            continue
         if component not in compiled:
             compiled[component] = _compiled(module)
         if compiled[component] and site.path != component:

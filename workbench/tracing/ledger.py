@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict
 from workbench.errors import InputError, UnknownNameError, nearest
 
 ALL = "all"
+GUIDED = "guided"
+"""The one branch of what the scheduler works on: guidance has made it of the others."""
 
 
 class Row(BaseModel):

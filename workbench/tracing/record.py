@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from workbench.errors import InputError, OutOfOrderError, UnknownNameError, nearest
-from workbench.tracing.ledger import ALL, Ledger, Row
+from workbench.tracing.ledger import ALL, GUIDED, Ledger, Row
 from workbench.tracing.sites import Site
 from workbench.tracing.structure import Leaf, pick
 
@@ -46,10 +46,22 @@ class Forks(Protocol):
 
 @dataclass(frozen=True)
 class Passage:
-    """One value that passed a captured site; ``call`` is None outside the denoiser's calls."""
+    """One value that passed a captured site.
+
+    Attributes:
+        call: the denoiser call it belongs to; None outside the calls and the scheduler's ticks.
+        value: a copy of it, on the CPU.
+        guided: whether it passed in ``scheduler.step``, where guidance has joined the branches.
+    """
 
     call: int | None
     value: Any
+    guided: bool = False
+
+
+def passage(row: Row | None, value: Any) -> Passage:
+    """Return what passed when the clock was at ``row``."""
+    return Passage(None if row is None else row.call, value, row is not None and row.branches == (GUIDED,))
 
 
 @dataclass
@@ -152,17 +164,21 @@ class Record:
         Raises:
             OutOfOrderError: the step has no such call, or the site did not pass in it.
         """
-        rows = self.ledger.at(step, branch)
+        passages, leaf = self._kept(site)
+        if passages[0].guided:
+            branch = ALL if branch in (GUIDED, "both") else branch
+            rows = list({row.tick: row for row in self.ledger.at(step, branch)}.values())
+        else:
+            rows = self.ledger.at(step, branch)
         if not 0 <= nth < len(rows):
             raise OutOfOrderError(
                 f"Step {step} has {len(rows)} calls of branch {branch!r}; there is no {nth}."
             )
         row: Row = rows[nth]
-        passages, leaf = self._kept(site)
         for passage in passages:
             if passage.call == row.call:
                 value = pick(passage.value, leaf, site=str(site))
-                part: torch.Tensor = value[row.rows(branch, value.shape[0])]
+                part: torch.Tensor = value if passage.guided else value[row.rows(branch, value.shape[0])]
                 return part
         raise OutOfOrderError(f"{site} did not pass in step {step} (call {row.call}) of this run.")
 

@@ -7,6 +7,7 @@ touches it and sweeps by owner, so that an interrupt between any two opcodes lea
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -17,19 +18,49 @@ _HOOK_TABLES = {
     "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
 }
 
-Before = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None]
-After = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
+Before = Callable[[Any, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None]
+After = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """A method of a component, where hooks can be put: not every call goes through ``forward``.
+
+    Attributes:
+        owner: the module, scheduler or other object whose method it is.
+        name: the method's name, ``decode``.
+    """
+
+    owner: Any
+    name: str
+
+
+Target = nn.Module | Method
+"""What can be hooked: a module (its forward) or a method."""
 
 
 class Owned:
-    """A callable that belongs to a rig."""
+    """A callable that belongs to a rig.
+
+    Attributes:
+        owner: the rig.
+        call: what is called.
+        last: whether it stays behind the rig's other hooks at its place, also those added later.
+        table: the hooks it stands among, where it is a method's.
+        target: the module it is put on, where it is a module's.
+    """
 
     __wrapped__: Callable[..., Any]
 
-    def __init__(self, owner: Rig, call: Callable[..., Any], before: Any = _MISSING) -> None:
+    def __init__(
+        self, owner: Rig, call: Callable[..., Any], *, before: Any = _MISSING, last: bool = False
+    ) -> None:
         self.owner = owner
         self.call = call
         self.before = before
+        self.last = last
+        self.table: list[Owned] | None = None
+        self.target: nn.Module | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Pass the call on."""
@@ -42,32 +73,44 @@ class Rig:
     def __init__(self) -> None:
         self._modules: dict[nn.Module, None] = {}
         self._wrapped: list[tuple[Any, str]] = []
+        self._calls: dict[tuple[int, str], _Calls] = {}
 
-    def before(self, module: nn.Module, hook: Before) -> Owned:
-        """Call ``hook(module, args, kwargs)`` before each forward of ``module``."""
-        self._modules[module] = None
-        owned = Owned(self, hook)
-        module.register_forward_pre_hook(owned, with_kwargs=True)
+    def before(self, target: Target, hook: Before, *, last: bool = False) -> Owned:
+        """Call ``hook(owner, args, kwargs)`` before each forward of a module, or each call of a method."""
+        owned = Owned(self, hook, last=last)
+        if isinstance(target, Method):
+            return _stand(owned, self._calls_of(target).before)
+        self._modules[target] = None
+        owned.target = target
+        target.register_forward_pre_hook(owned, with_kwargs=True)
+        self._keep_last(target._forward_pre_hooks)
         return owned
 
-    def after(self, module: nn.Module, hook: After) -> Owned:
-        """Call ``hook(module, args, kwargs, output)`` after each forward."""
-        self._modules[module] = None
-        owned = Owned(self, hook)
-        module.register_forward_hook(owned, with_kwargs=True)
+    def after(self, target: Target, hook: After, *, last: bool = False) -> Owned:
+        """Call ``hook(owner, args, kwargs, output)`` after each forward, or each call of a method."""
+        owned = Owned(self, hook, last=last)
+        if isinstance(target, Method):
+            return _stand(owned, self._calls_of(target).after)
+        self._modules[target] = None
+        owned.target = target
+        target.register_forward_hook(owned, with_kwargs=True)
+        self._keep_last(target._forward_hooks)
         return owned
 
     def wrap(self, target: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         """Shadow the method ``target.name`` by ``make(method)`` on this one object."""
         self._wrapped.append((target, name))
         own, method = target.__dict__.get(name, _MISSING), getattr(target, name)
-        shadow = Owned(self, make(method), own)
+        shadow = Owned(self, make(method), before=own)
         shadow.__wrapped__ = method  # pipelines read a method's signature to choose what to hand it
         target.__dict__[name] = shadow
 
-    def drop(self, module: nn.Module, owned: Owned) -> None:
+    def drop(self, owned: Owned) -> None:
         """Take one hook off."""
-        _remove(module, lambda hook: hook is owned)
+        if owned.table is not None and owned in owned.table:
+            owned.table.remove(owned)
+        if owned.target is not None:
+            _remove(owned.target, lambda hook: hook is owned)
 
     def sweep(self) -> None:
         """Take off every hook and wrapped method of this rig; safe to call again."""
@@ -80,6 +123,51 @@ class Rig:
                     target.__dict__.pop(name, None)
                 else:
                     target.__dict__[name] = current.before
+
+    def _calls_of(self, method: Method) -> _Calls:
+        key = (id(method.owner), method.name)
+        if key not in self._calls:
+            calls = _Calls()
+            self.wrap(method.owner, method.name, lambda call: calls.around(method.owner, call))
+            self._calls[key] = calls
+        return self._calls[key]
+
+    def _keep_last(self, hooks: dict[int, Any]) -> None:
+        for key, hook in list(hooks.items()):
+            if isinstance(hook, Owned) and hook.owner is self and hook.last:
+                hooks.move_to_end(key)  # type: ignore[attr-defined]
+
+
+class _Calls:
+    """The hooks around one method."""
+
+    def __init__(self) -> None:
+        self.before: list[Owned] = []
+        self.after: list[Owned] = []
+
+    def around(self, owner: Any, method: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``method`` with the hooks around it; hooks may come and go while it is called."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            for hook in tuple(self.before):
+                changed = hook(owner, args, kwargs)
+                if changed is not None:
+                    args, kwargs = changed
+            output = method(*args, **kwargs)
+            for hook in tuple(self.after):
+                changed = hook(owner, args, kwargs, output)
+                output = output if changed is None else changed
+            return output
+
+        return call
+
+
+def _stand(owned: Owned, hooks: list[Owned]) -> Owned:
+    """Put a hook among a method's, before those that stay last."""
+    place = len(hooks) if owned.last else sum(not hook.last for hook in hooks)
+    hooks.insert(place, owned)
+    owned.table = hooks
+    return owned
 
 
 def _remove(module: nn.Module, ours: Callable[[Any], bool]) -> None:

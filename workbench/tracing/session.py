@@ -7,15 +7,15 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from workbench.errors import RunStopped
 from workbench.tracing.clock import Clock, Tick
 from workbench.tracing.guards import check
 from workbench.tracing.ledger import Row
-from workbench.tracing.record import Passage, Record, RunSpec
+from workbench.tracing.ports import hook_port
+from workbench.tracing.record import Record, RunSpec, passage
 from workbench.tracing.replay import Replay
-from workbench.tracing.rig import Rig
+from workbench.tracing.rig import Rig, Target
 from workbench.tracing.sites import Site, resolve
 from workbench.tracing.structure import keep, keep_tensor, pick, put
 from workbench.tracing.system import System
@@ -132,9 +132,8 @@ class Session:
         self.clock.attach(self.rig)
         for attach in self.attached:
             attach(self.rig)
-        for site, module in places.items():
-            self._hook(site, module)
-        self.clock.watch_exits(self.rig)
+        for site, target in places.items():
+            self._hook(site, target)
         if self.replay is not None:
             self.replay.attach(self.rig, self.clock)
             for site in self.capture:
@@ -145,12 +144,12 @@ class Session:
         wanted = [*(site for edit in self.edits for site in edit.sites), *self.capture]
         return list(dict.fromkeys(Site(site.path, site.port) for site in wanted))
 
-    def _hook(self, place: Site, module: nn.Module) -> None:
+    def _hook(self, place: Site, target: Target) -> None:
         edits = [(site, edit) for edit in self.edits for site in edit.sites if _at(site, place)]
         captures = [site for site in self.capture if _at(site, place)]
 
         def pass_by(value: Any) -> Any:
-            if self.replaying(self.clock.row):
+            if self.replaying(self.clock.now):
                 return value
             for site, edit in edits:
                 value = self._apply(edit, site, value)
@@ -158,17 +157,17 @@ class Session:
                 self._keep(site, value)
             return value
 
-        hook_port(self.rig, module, place.port, pass_by)
+        hook_port(self.rig, target, place.port, pass_by)
 
     def _apply(self, edit: Edit, site: Site, value: Any) -> Any:
         old = pick(value, site.leaf, site=str(site))
-        new = edit.apply(site, old, self.clock.row, self.clock.total_steps)
+        new = edit.apply(site, old, self.clock.now, self.clock.total_steps)
         return value if new is old else put(value, site.leaf, new, site=str(site))
 
     def _keep(self, site: Site, value: Any) -> None:
         part = pick(value, site.leaf, site=str(site)) if site.leaf else value
-        row = self.clock.row
-        self.record.captured[str(site)].append(Passage(None if row is None else row.call, keep(part)))
+        row = self.clock.now
+        self.record.captured[str(site)].append(passage(row, keep(part)))
 
     def _finish(self, _: Row, output: Any) -> None:
         self.record.calls.append(keep(output))
@@ -183,24 +182,6 @@ class Session:
                 "pred_x0": None if tick.pred_x0 is None else keep_tensor(tick.pred_x0),
             }
         )
-
-
-def hook_port(rig: Rig, module: nn.Module, port: str, pass_by: Callable[[Any], Any]) -> Any:
-    """Let ``pass_by`` see, and perhaps change, the value at a module's port on each forward."""
-    if port == "output":
-        return rig.after(module, lambda _module, _args, _kwargs, output: pass_by(output))
-    if port == "inputs":
-        return rig.before(module, lambda _module, args, kwargs: pass_by((args, kwargs)))
-
-    def first(
-        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if args:
-            return (pass_by(args[0]), *args[1:]), kwargs
-        name = next(iter(kwargs))
-        return args, {**kwargs, name: pass_by(kwargs[name])}
-
-    return rig.before(module, first)
 
 
 def _at(site: Site, place: Site) -> bool:

@@ -10,12 +10,16 @@ from typing import Any
 from torch import nn
 
 from workbench.errors import InputError, UnknownNameError, nearest
+from workbench.tracing.ports import PORTS
+from workbench.tracing.rig import Method, Target
 from workbench.tracing.structure import Leaf, spell
 
 _SPELLING = re.compile(r"^(?P<path>[\w.]+)(?::(?P<port>\w+)(?P<leaf>(?:\.\w+|\[\d+\])*))?$")
 _KEY = re.compile(r"\.(\w+)|\[(\d+)\]")
 
-PORTS = ("input", "inputs", "output", "probs")
+RUN_VALUES = {"latents": "scheduler.step:output[0]", "noise_pred": "scheduler.step:input"}
+"""Values that belong to the run and to no module, and the sites they pass: the latents after each tick,
+and the guided prediction that the scheduler is handed."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +27,10 @@ class Site:
     """A place a value passes.
 
     Attributes:
-        path: the module's path from the pipeline, ``unet.mid_block``.
-        port: which value there; ``output`` is exactly what the module returned, ``input`` its first
-            argument, ``inputs`` the pair ``(args, kwargs)``, ``probs`` attention weights.
+        path: the module's path from the pipeline, ``unet.mid_block``, or a method's, ``vae.decode``.
+        port: which value there; ``output`` is exactly what was returned, ``input`` the first
+            argument, ``inputs`` the pair ``(args, kwargs)``, ``heads`` an attention layer's per-head
+            outputs.
         leaf: the selector of one part where the port holds several, ``("sample",)`` or ``(1,)``.
     """
 
@@ -35,7 +40,7 @@ class Site:
 
     @classmethod
     def parse(cls, text: str | Site) -> Site:
-        """Read ``unet.mid_block``, ``unet.mid_block:input`` or ``unet:output.sample``.
+        """Read ``unet.mid_block``, ``unet.mid_block:input``, ``unet:output.sample`` or ``latents``.
 
         Raises:
             InputError: the text is not spelled like a site.
@@ -43,6 +48,7 @@ class Site:
         """
         if isinstance(text, Site):
             return text
+        text = RUN_VALUES.get(text, text) if isinstance(text, str) else text
         match = _SPELLING.match(text) if isinstance(text, str) else None
         if match is None:
             raise InputError(
@@ -72,17 +78,32 @@ def modules(components: Mapping[str, Any]) -> dict[str, nn.Module]:
     return found
 
 
-def resolve(components: Mapping[str, Any], path: str) -> nn.Module:
-    """Return the module at ``path``.
+def resolve(components: Mapping[str, Any], path: str) -> Target:
+    """Return the module or method at ``path``.
 
     Raises:
         UnknownNameError: there is none; the message lists the nearest paths.
     """
     component, _, rest = path.partition(".")
-    root = components.get(component)
-    if isinstance(root, nn.Module):
-        try:
-            return root.get_submodule(rest)
-        except AttributeError:
-            pass
-    raise UnknownNameError(f"The model has no module {path!r}.{nearest(path, modules(components))}")
+    if component in components:
+        found = _below(components[component], rest)
+        if isinstance(found, nn.Module):
+            return found
+        inside, _, name = rest.rpartition(".")
+        owner = _below(components[component], inside)
+        if name and not name.startswith("_") and callable(getattr(owner, name, None)):
+            return Method(owner, name)
+    known = [*modules(components), *RUN_VALUES]
+    raise UnknownNameError(f"The model has no module or method {path!r}.{nearest(path, known)}")
+
+
+def _below(root: Any, path: str) -> Any:
+    """Return the module at ``path`` below ``root``; ``root`` itself if there is no path; else None."""
+    if not path:
+        return root
+    if not isinstance(root, nn.Module):
+        return None
+    try:
+        return root.get_submodule(path)
+    except AttributeError:
+        return None

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Iterable
 
 from workbench.errors import InputError
-from workbench.tracing.ledger import ALL, Row
+from workbench.tracing.ledger import ALL, GUIDED, Row
 
 Steps = int | slice | Iterable[int] | None
 
@@ -52,6 +52,15 @@ def covers(steps: tuple[int, ...] | slice | None, row: Row, total: int | None) -
 
 
 def branch_rows(row: Row, branch: str, size: int) -> list[tuple[str, slice]]:
-    """Return each branch of this call that ``branch`` asks for, with its rows in a batch of ``size``."""
+    """Return each branch of this call that ``branch`` asks for, with its rows in a batch of ``size``.
+
+    Raises:
+        InputError: the scheduler's values have no branches to choose from.
+    """
+    if row.branches == (GUIDED,) and branch not in (ALL, "both", GUIDED):
+        raise InputError(
+            "What the scheduler works on is of no branch, since guidance has joined them: "
+            f"leave branch={branch!r} out."
+        )
     wanted = row.branches if branch in (ALL, "both") else tuple(b for b in row.branches if b == branch)
     return [(each, row.rows(each, size)) for each in wanted]

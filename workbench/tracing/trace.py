@@ -17,10 +17,11 @@ from workbench.errors import InputError, OutOfOrderError, TraceError
 from workbench.tracing.ambient import Ambient
 from workbench.tracing.guards import check
 from workbench.tracing.ledger import Row
+from workbench.tracing.ports import hook_port
 from workbench.tracing.reads import plain, read
 from workbench.tracing.record import Record
-from workbench.tracing.rig import Owned, Rig
-from workbench.tracing.session import Session, hook_port
+from workbench.tracing.rig import Method, Owned, Rig, Target
+from workbench.tracing.session import Session
 from workbench.tracing.sites import Site, resolve
 from workbench.tracing.structure import Leaf, check_fit, pick, put
 
@@ -65,7 +66,9 @@ class Trace:
         self._catch: Callable[[Row], bool] | None = None
         self._done = False
         self._open_paths: set[str] = set()
-        self._modules: dict[Site, nn.Module] = {}
+        self._targets: dict[Site, Target] = {}
+        self._stand_ins: dict[str, list[Any]] = {}
+        self._stopped = False
         self._checked: set[tuple[str, bool]] = set()
 
     def __enter__(self) -> Self:
@@ -119,6 +122,40 @@ class Trace:
     iter = steps
 
     @property
+    def latents(self) -> Any:
+        """In the block: the latents this step leaves, ``(batch, channels, ...)``; after it: of every tick."""
+        return self._run_value("latents")
+
+    @latents.setter
+    def latents(self, new: Any) -> None:
+        self.replace(Site.parse("latents"), new)
+
+    @property
+    def noise_pred(self) -> Any:
+        """In the block: the guided prediction the scheduler is handed; after it: of every tick."""
+        return self._run_value("noise_pred")
+
+    @noise_pred.setter
+    def noise_pred(self, new: Any) -> None:
+        self.replace(Site.parse("noise_pred"), new)
+
+    @property
+    def pred_x0(self) -> Any:
+        """In the block: the clean sample predicted in this step, float32; after it: of every tick."""
+        if self._done:
+            return self.record.pred_x0
+        args, kwargs = plain(self.value(Site("scheduler.step", "inputs")))
+        return self._session.clock.predict(args, kwargs)
+
+    @property
+    def sigma(self) -> float | None:
+        """The noise level of the call the run is at, in the scheduler's own convention."""
+        row = self._pause.row if self._pause is not None else None
+        if row is None:
+            raise TraceError("The run is at no denoiser call, so there is no noise level. See run.ledger.")
+        return row.sigma
+
+    @property
     def calls(self) -> Iterator[Row]:
         """The run's denoiser calls, where a step has several: each guidance branch, each half of a step."""
         while not self._done and (row := self.go_to_next_call()) is not None:
@@ -130,6 +167,9 @@ class Trace:
         if not self._done and name not in ("ledger", "captured", "spec"):
             raise TraceError(f"run.{name} is there after the block has ended; the run is still going on.")
         return getattr(self._session.record, name)
+
+    def _run_value(self, name: str) -> Any:
+        return getattr(self.record, name) if self._done else self.value(Site.parse(name))
 
     def value(self, site: Site) -> Any:
         """Return the value at ``site``, letting the pipeline run up to it."""
@@ -152,6 +192,42 @@ class Trace:
         check_fit(pick(old, leaf, site=str(site)) if leaf else old, new, site=str(site))
         self._pause.value = put(old, leaf, new, site=str(site)) if leaf else new
         self._seen[place] = self._pause.value
+
+    def skip(self, path: str, value: Any) -> None:
+        """Let the module at ``path`` return ``value`` the next time it is called, without running it.
+
+        Its hooks and those of others see ``value`` as its output; what is inside it does not run.
+
+        Args:
+            path: of a module, such as ``unet.mid_block``.
+            value: what it shall return: a tensor, or whatever structure of them it would have returned.
+
+        Raises:
+            OutOfOrderError: the module has been entered already in this call.
+        """
+        place = Site(path, "inputs")
+        target = self._target_at(place)
+        if isinstance(target, Method):
+            raise InputError(f"{path} is a method; only a module can be skipped.")
+        self._allow_skip(path, target)
+        self._reach(place)
+        if self._pause is None or self._pause.place != place:
+            raise OutOfOrderError(f"{path} is running already; the run is at {self._spot()}. Skip it before.")
+        self._stand_ins[path].append(plain(value))
+
+    def stop(self) -> None:
+        """End the run here; what has been seen until now stays in the record.
+
+        The record then has no output, and its ledger ends with the call that was under way.
+        """
+        self._stopped = True
+        self._end()
+        self._pause = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether `stop` has ended the run."""
+        return self._stopped
 
     def go_to_step(self, step: int) -> Row:
         """Let the pipeline run to the start of ``step``."""
@@ -212,16 +288,16 @@ class Trace:
         return place
 
     def _run_to(self, place: Site) -> None:
-        module = self._module_at(place)
+        target = self._target_at(place)
         row = self._pause.row if self._pause is not None else None
         self._within = row if row is not None and _component(place) == row.component else None
         self._wanted = place
-        hook = self._hook_once(place, module)
+        hook = self._hook_once(place, target)
         try:
             self._resume()
         finally:
             within, self._within, self._wanted = self._within, None, None
-            self._session.rig.drop(module, hook)
+            self._session.rig.drop(hook)
         if self._pause is None or self._pause.place != place:
             bound = self._step is not None or within is not None
             passed = f"did not pass again in {self._where(within)}" if bound else "was never reached"
@@ -230,24 +306,20 @@ class Trace:
                 "computes them, once each call."
             )
 
-    def _module_at(self, place: Site) -> nn.Module:
-        if place not in self._modules:
+    def _target_at(self, place: Site) -> Target:
+        if place not in self._targets:
             components = self._session.system.components
-            module = resolve(components, place.path)
+            target = resolve(components, place.path)
             kind = (_component(place), place.path == _component(place))
             if kind not in self._checked:
-                check(components, {place: module})
+                check(components, {place: target})
                 self._checked.add(kind)
-            self._modules[place] = module
-        return self._modules[place]
+            self._targets[place] = target
+        return self._targets[place]
 
-    def _hook_once(self, place: Site, module: nn.Module) -> Owned:
+    def _hook_once(self, place: Site, target: Target) -> Owned:
         self._keep_hookable(place.path)
-
-        hook: Owned = hook_port(self._session.rig, module, place.port, lambda value: self._pass(place, value))
-        if module in self._session.system.denoisers.values():
-            self._session.clock.watch_exits(self._session.rig)
-        return hook
+        return hook_port(self._session.rig, target, place.port, lambda value: self._pass(place, value))
 
     def _open_entrances(self, rig: Rig) -> None:
         """Watch what each denoiser is called with.
@@ -258,10 +330,12 @@ class Trace:
         for name, module in self._session.system.denoisers.items():
             place = Site(name, "inputs")
             hook_port(rig, module, "inputs", partial(self._pass, place))
+            # A call looks its forward up before its hooks run, so what may stand in for it is put there now.
+            self._allow_skip(name, module)
 
     def _pass(self, place: Site, value: Any) -> Any:
         """In the pipeline: hand a value over, if it is the one that is waited for."""
-        row = self._session.clock.row
+        row = self._session.clock.now
         if self._wanted != place or (place in self._seen and self._seen_in is row):
             return value
         pause = Pause(row, place, value)
@@ -269,6 +343,17 @@ class Trace:
         self._seen[place] = value
         self._wait(pause)
         return pause.value
+
+    def _allow_skip(self, path: str, module: nn.Module) -> None:
+        """Shadow a module's forward by one that returns what waits for it, if anything does."""
+        if path in self._stand_ins:
+            return
+        waiting = self._stand_ins[path] = []
+
+        def shadow(forward: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda *args, **kwargs: waiting.pop() if waiting else forward(*args, **kwargs)
+
+        self._session.rig.wrap(module, "forward", shadow)
 
     def _keep_hookable(self, path: str) -> None:
         """Give every module around ``path`` a hook that does nothing.
@@ -280,7 +365,12 @@ class Trace:
         for outer in (".".join(parts[:depth]) for depth in range(1, len(parts))):
             if outer not in self._open_paths:
                 self._open_paths.add(outer)
-                self._session.rig.after(resolve(self._session.system.components, outer), _nothing)
+                if outer in self._session.system.components:
+                    around = self._session.system.components[outer]
+                else:
+                    around = resolve(self._session.system.components, outer)
+                if isinstance(around, nn.Module):
+                    self._session.rig.after(around, _nothing)
 
     def _call_starts(self, row: Row) -> None:
         left_step = self._step is not None and row.step > self._step
@@ -390,6 +480,8 @@ class Steps:
         if any(later <= earlier for earlier, later in pairwise(wanted)):
             raise InputError(f"steps[{chosen}] does not go forward; a run cannot go back. Sort the steps.")
         for step in wanted:
+            if self._trace.stopped:
+                return
             yield self._trace.go_to_step(step)
         self._trace.leave_steps()
 
