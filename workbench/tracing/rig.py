@@ -7,6 +7,7 @@ touches it and sweeps by owner, so that an interrupt between any two opcodes lea
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 from torch import nn
@@ -22,16 +23,29 @@ After = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
 
 
 class Owned:
-    """A callable that belongs to a rig."""
+    """A callable that belongs to a rig: a hook, or what shadows the method ``target.name``."""
 
-    def __init__(self, owner: Rig, call: Callable[..., Any], before: Any = _MISSING) -> None:
+    def __init__(
+        self, owner: Rig, call: Callable[..., Any], before: Any = _MISSING, target: Any = None, name: str = ""
+    ) -> None:
         self.owner = owner
         self.call = call
         self.before = before
+        self.target = target
+        self.name = name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Pass the call on."""
         return self.call(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Leave a copy of the target with its own method: only the original is watched."""
+        copied = memo.get(id(self.target))
+        if copied is None:
+            return self
+        if self.before is not _MISSING:
+            return deepcopy(self.before, memo)
+        return getattr(type(copied), self.name).__get__(copied)
 
 
 class Rig:
@@ -59,7 +73,11 @@ class Rig:
         """Shadow the method ``target.name`` by ``make(method)`` on this one object."""
         self._wrapped.append((target, name))
         own = target.__dict__.get(name, _MISSING)
-        target.__dict__[name] = Owned(self, make(getattr(target, name)), own)
+        method = getattr(target, name)
+        owned = Owned(self, make(method), own, target, name)
+        # Pipelines look at a method's signature to decide what to pass: without this, no generator.
+        owned.__wrapped__ = method  # type: ignore[attr-defined]
+        target.__dict__[name] = owned
 
     def drop(self, module: nn.Module, owned: Owned) -> None:
         """Take one hook off."""
