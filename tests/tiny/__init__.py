@@ -128,7 +128,7 @@ FAMILIES: dict[str, Case] = {
     "lumina2": Case(
         lumina2,
         {**WORDED, **SQUARE, "system_prompt": "Draw.", "max_sequence_length": 48, "cfg_normalization": False},
-        "transformer.layers.0",
+        "transformer.noise_refiner.0",
     ),
     "ltx": Case(ltx, {**WORDED, **LARGE, **FILM, **SHORT}, "transformer.transformer_blocks.0"),
     "cogvideox": Case(
