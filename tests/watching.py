@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import wraps
+from contextlib import ExitStack, contextmanager
+from functools import partial, wraps
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
+from diffusers.modular_pipelines import LoopSequentialPipelineBlocks
 from PIL import Image
 from torch import nn
 from torch.nn.modules import module as torch_module
@@ -42,24 +45,111 @@ def as_bytes(value: Any) -> Any:
     return value
 
 
-@contextmanager
-def latents_of(pipeline: Any) -> Iterator[list[Any]]:
-    """Keep the latents that every ``scheduler.step`` returns, as bytes."""
-    scheduler = pipeline.scheduler
-    step = scheduler.step
-    seen: list[Any] = []
+class Clocks:
+    """The pipeline's own three clocks, and what its schedulers left.
 
-    @wraps(step)  # a pipeline hands the generator only to a step whose signature names it
+    Attributes:
+        calls: for each forward of a denoiser, its name, and the ticks and steps that were done before.
+        ticks: how many times a scheduler was stepped.
+        steps: how often the pipeline's progress bars were told to advance.
+        timesteps: what each tick was stepped with.
+        latents: what each tick left, as bytes.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, int, int]] = []
+        self.ticks = self.steps = 0
+        self.timesteps: list[float] = []
+        self.latents: list[Any] = []
+
+    def advance(self, by: float | None = 1) -> None:
+        self.steps += int(by or 0)
+
+    def tick(self, timestep: Any, result: Any) -> None:
+        self.ticks += 1
+        self.timesteps.append(float(torch.as_tensor(timestep).flatten()[0]))
+        self.latents.append(as_bytes(result[0] if isinstance(result, tuple) else result.prev_sample))
+
+
+DENOISERS = ("unet", "transformer", "transformer_2", "decoder", "prior_prior")
+SCHEDULERS = ("scheduler", "prior_scheduler")
+
+
+@contextmanager
+def clocks_of(pipeline: Any) -> Iterator[Clocks]:
+    """Watch a pipeline's denoisers, schedulers and progress bars with plain hooks, for a while."""
+    clocks = Clocks()
+    with ExitStack() as stack:
+        for name in DENOISERS:
+            module = pipeline.components.get(name)
+            if isinstance(module, nn.Module):
+                called = partial(_called, clocks, name)
+                stack.callback(module.register_forward_pre_hook(called).remove)
+        for name in SCHEDULERS:
+            if pipeline.components.get(name) is not None:
+                stack.enter_context(_ticking(clocks, pipeline.components[name]))
+        for kind in (DiffusionPipeline, LoopSequentialPipelineBlocks):
+            stack.enter_context(_advancing(clocks, kind))
+        yield clocks
+
+
+def _called(clocks: Clocks, name: str, *_: Any) -> None:
+    clocks.calls.append((name, clocks.ticks, clocks.steps))
+
+
+@contextmanager
+def _ticking(clocks: Clocks, scheduler: Any) -> Iterator[None]:
+    step = scheduler.step
+    shadowed = scheduler.__dict__.get("step")
+    names = list(inspect.signature(type(scheduler).step).parameters)[1:]
+
+    # With its signature: by it, pipelines decide whether to pass the generator.
+    @wraps(step)
     def watched(*args: Any, **kwargs: Any) -> Any:
         result = step(*args, **kwargs)
-        seen.append(as_bytes(result[0] if isinstance(result, tuple) else result.prev_sample))
+        clocks.tick({**dict(zip(names, args, strict=False)), **kwargs}["timestep"], result)
         return result
 
     scheduler.step = watched
     try:
-        yield seen
+        yield
     finally:
-        del scheduler.step
+        if shadowed is None:
+            del scheduler.step
+        else:
+            scheduler.step = shadowed
+
+
+@contextmanager
+def _advancing(clocks: Clocks, kind: type[Any]) -> Iterator[None]:
+    """Count at the class, as a cascade makes its bars in pipelines of its own."""
+    progress_bar = kind.progress_bar
+
+    def counted(self: Any, iterable: Any = None, total: int | None = None) -> Any:
+        bar = progress_bar(self, iterable, total)
+        if iterable is None:
+            bar.update = clocks.advance
+            return bar
+        return _going_through(clocks, bar)
+
+    kind.progress_bar = counted
+    try:
+        yield
+    finally:
+        kind.progress_bar = progress_bar
+
+
+def _going_through(clocks: Clocks, bar: Any) -> Iterator[Any]:
+    for each in bar:
+        yield each
+        clocks.advance()
+
+
+@contextmanager
+def latents_of(pipeline: Any) -> Iterator[list[Any]]:
+    """Keep the latents that every ``scheduler.step`` returns, as bytes."""
+    with clocks_of(pipeline) as clocks:
+        yield clocks.latents
 
 
 @contextmanager

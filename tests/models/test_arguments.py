@@ -95,6 +95,8 @@ def test_steps_that_are_no_positive_number_are_refused(pipeline, steps):
         ({"prompt": "a", "num_videos_per_prompt": 2}, 1, 2),
         ({"class_labels": [1, 2, 3]}, 3, 1),
         ({"batch_size": 4}, 4, 1),
+        ({"image": [tiny.picture()] * 2}, 2, 1),
+        ({"prompt": "a", "image": [tiny.picture()] * 2}, 1, 1),
     ],
 )
 def test_prompts_and_images_are_counted(arguments, prompts, images):

@@ -1,151 +1,41 @@
-"""The ledger, beside the pipeline's own clocks: denoiser forwards, scheduler steps, the real progress bar."""
+"""The rows and branches of the ledger; `test_matrix.py` and `test_schedulers.py` have the clocks."""
 
 import diffusers
 import pytest
 import torch
 
 from tests import tiny
+from tests.watching import clocks_of
 from workbench.errors import InputError, UnknownNameError
 from workbench.models.model import DiffusionModel
 from workbench.tracing.ledger import Ledger, Row
-
-CALLS = {
-    "DDIMScheduler": 10,
-    "DDPMScheduler": 10,
-    "EulerDiscreteScheduler": 10,
-    "EulerAncestralDiscreteScheduler": 10,
-    "DPMSolverMultistepScheduler": 10,
-    "DPMSolverSinglestepScheduler": 10,
-    "UniPCMultistepScheduler": 10,
-    "DEISMultistepScheduler": 10,
-    "LMSDiscreteScheduler": 10,
-    "LCMScheduler": 10,
-    "PNDMScheduler": 11,
-    "HeunDiscreteScheduler": 19,
-    "KDPM2DiscreteScheduler": 19,
-    "KDPM2AncestralDiscreteScheduler": 19,
-}
-"""Denoiser calls of ten requested steps."""
-
-
-class Clocks:
-    """Counts what the pipeline does by watching its bar, its denoisers' hooks and its scheduler."""
-
-    def __init__(self, pipeline):
-        self.calls = []
-        self.steps = self.ticks = 0
-        bar, step = pipeline.progress_bar, pipeline.scheduler.step
-
-        def progress_bar(*args, **kwargs):
-            made = bar(*args, **kwargs)
-            made.update = self.advance
-            return made
-
-        def stepped(*args, **kwargs):
-            self.ticks += 1
-            self.timesteps = [*getattr(self, "timesteps", []), float(args[1])]
-            return step(*args, **kwargs)
-
-        pipeline.progress_bar, pipeline.scheduler.step = progress_bar, stepped
-        for name in ("unet", "transformer", "transformer_2"):
-            module = getattr(pipeline, name, None)
-            if module is not None:
-                module.register_forward_pre_hook(lambda *_, name=name: self.call(name))
-
-    def advance(self, by=1):
-        self.steps += by
-
-    def call(self, name):
-        self.calls.append((name, self.ticks, self.steps))
-
-
-def seen(ledger):
-    return [(row.component, row.tick, row.step) for row in ledger]
 
 
 def sd1(scheduler="DDIMScheduler", **config):
     return tiny.sd1(getattr(diffusers, scheduler), skip_prk_steps=True, **config)
 
 
-@pytest.mark.parametrize(("scheduler", "calls"), CALLS.items())
-def test_calls_ticks_and_steps_are_those_of_the_pipelines_own_clocks(scheduler, calls):
-    pipeline = sd1(scheduler)
-    clocks = Clocks(pipeline)
-    ledger = DiffusionModel(pipeline).record("a red circle", num_inference_steps=10, seed=0).ledger
-    assert seen(ledger) == clocks.calls
-    assert [row.call for row in ledger] == list(range(calls))
-    assert (len(ledger), ledger.ticks, ledger.steps) == (calls, calls, 10)
-    assert [row.timestep for row in ledger] == clocks.timesteps
-
-
 @pytest.mark.parametrize("scheduler", ["HeunDiscreteScheduler", "PNDMScheduler"])
 def test_a_block_goes_through_the_same_steps(scheduler):
-    pipeline = sd1(scheduler)
-    clocks, met = Clocks(pipeline), []
+    pipeline, met = sd1(scheduler), []
     model = DiffusionModel(pipeline)
-    with model.generate("a red circle", num_inference_steps=10, seed=0) as run:
+    asked = {"num_inference_steps": 10, "seed": 0}
+    with clocks_of(pipeline) as clocks, model.generate("a red circle", **asked) as run:
         for row in run.steps:
             model.unet.output[0].clone()
             met.append((row.step, clocks.steps))
     assert met == [(step, step) for step in range(10)]
 
 
-@pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3", "flux", "flux-cfg", "pixart", "wan", "wan22"])
-def test_every_family_is_counted_as_its_progress_bar_counts_it(name):
-    case = tiny.CASES[name]
-    pipeline = case.build()
-    clocks = Clocks(pipeline)
-    ledger = DiffusionModel(pipeline).record(**case.arguments, seed=0).ledger
-    assert seen(ledger) == clocks.calls
-    assert (ledger.ticks, ledger.steps) == (4, 4)
-    assert [row.timestep for row in ledger if "cond" in row.branches] == clocks.timesteps
-
-
-def test_a_warm_up_of_several_calls_belongs_to_its_steps():
-    pipeline = tiny.sd1(diffusers.PNDMScheduler, skip_prk_steps=False)
-    clocks = Clocks(pipeline)
-    ledger = DiffusionModel(pipeline).record("a red circle", num_inference_steps=10, seed=0).ledger
-    assert seen(ledger) == clocks.calls
-    assert (len(ledger), ledger.steps) == (19, 10)
-
-
-@pytest.mark.parametrize("name", ["ddpm", "dit"])
-def test_pipelines_without_callbacks_are_counted_too(name):
-    case = tiny.CASES[name]
-    ledger = DiffusionModel(case.build()).record(**case.arguments, seed=0).ledger
-    assert [(row.call, row.tick, row.step) for row in ledger] == [(step, step, step) for step in range(4)]
-
-
 def test_control_the_clocks_differ_where_calls_are_not_steps():
     pipeline = sd1("HeunDiscreteScheduler")
-    clocks = Clocks(pipeline)
-    pipeline("a red circle", num_inference_steps=10)
+    with clocks_of(pipeline) as clocks:
+        pipeline("a red circle", num_inference_steps=10)
     assert (len(clocks.calls), clocks.ticks, clocks.steps) == (19, 19, 10)
     assert any(tick != step for _, tick, step in clocks.calls)
 
 
 # Branches
-
-
-@pytest.mark.parametrize(
-    ("name", "branches"),
-    [
-        ("sd1", ["uncond+cond"]),
-        ("sdxl", ["uncond+cond"]),
-        ("sd3", ["uncond+cond"]),
-        ("pixart", ["uncond+cond"]),
-        ("flux", ["cond"]),
-        ("flux-cfg", ["cond", "uncond"]),
-        ("wan", ["cond", "uncond"]),
-        ("wan22", ["cond", "uncond"]),
-        ("ddpm", ["cond"]),
-        ("dit", ["cond+uncond"]),
-    ],
-)
-def test_branches_are_named_in_the_order_the_pipeline_computes_them(name, branches):
-    case = tiny.CASES[name]
-    ledger = DiffusionModel(case.build()).record(**case.arguments, seed=0).ledger
-    assert [row.branch for row in ledger] == branches * 4
 
 
 def test_without_guidance_there_is_only_the_conditional_branch():

@@ -9,6 +9,7 @@ from workbench.models.model import DiffusionModel
 from workbench.tracing import prediction
 
 OWN = [
+    "EDMEulerScheduler",
     "DDIMScheduler",
     "DDPMScheduler",
     "EulerDiscreteScheduler",

@@ -1,36 +1,24 @@
-"""The five promises of the tracer, kept on every family of pipelines; each with a control that breaks it.
+"""The promises of the tracer in more detail than the matrix of all families has it.
 
-(The fourth, that attention maps are true, has its own tests beside the maps.)
+(That attention maps are true has its own tests beside the maps.)
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, EulerAncestralDiscreteScheduler
+from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
 
 from tests import tiny
-from tests.watching import as_bytes, footprint, forwards_of, latents_of
-from workbench import zoo
+from tests.watching import as_bytes, footprint, latents_of
 from workbench.errors import WorkbenchError
 from workbench.interventions.patch import Patch
 from workbench.models.model import DiffusionModel
-from workbench.tracing.sites import modules
 
-
-def shipped(name):
-    """Return the case of a model that comes with the package."""
-
-    def build():
-        pipeline = DiffusionPipeline.from_pretrained(zoo.path(name))
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
-
-    return tiny.Case(build, tiny.WORDED, "unet.mid_block")
-
-
-CASES = [pytest.param(case, id=name) for name, case in tiny.CASES.items()]
-CASES += [pytest.param(shipped(name), id=name) for name in zoo.models()]
+CASES = [
+    pytest.param(tiny.CASES[name], id=name)
+    for name in ("sd1", "sd3", "flux-cfg", "pixart", "wan22", "ddpm", "dit")
+]
 STEPS = 4
 
 
@@ -69,29 +57,6 @@ def steps_at(run, case, chosen=slice(None)):
 
 
 # Looking changes nothing
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_capturing_every_module_changes_no_byte(case):
-    pipeline = case.build()
-    bare = bare_run(pipeline, case.arguments)
-    everything = list(modules({name: part for name, part in pipeline.components.items() if part is not None}))
-    traced, record = traced_run(pipeline, case.arguments, capture=everything)
-    assert traced == bare
-    assert [as_bytes(each) for each in record.latents] == bare[0]
-    assert len(record.passages(case.site)) == len(calls_of(record, case))
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_reading_in_a_block_changes_no_byte(case):
-    pipeline = case.build()
-    bare = bare_run(pipeline, case.arguments)
-    model = DiffusionModel(pipeline)
-    torch.manual_seed(11)
-    with latents_of(pipeline) as latents, model.generate(**case.arguments, seed=0) as run:
-        for _ in steps_at(run, case):
-            assert model.site(case.site).output.isfinite().all()
-    assert (latents, as_bytes(dict(run.output)), as_bytes(torch.get_rng_state())) == bare
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -147,29 +112,6 @@ def test_control_the_comparison_sees_a_drawn_random_number():
 # A no-op edit changes nothing
 
 
-@pytest.mark.parametrize("port", ["output", "input"])
-@pytest.mark.parametrize("case", CASES)
-def test_patching_a_run_with_its_own_activations_changes_no_byte(case, port):
-    pipeline = case.build()
-    site = f"{case.site}:{port}"
-    bare = bare_run(pipeline, case.arguments)
-    _, source = traced_run(pipeline, case.arguments, capture=[site])
-    patched, _ = traced_run(pipeline, case.arguments, interventions=[Patch(site, source=source)])
-    assert patched == bare
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_control_another_runs_activations_change_the_image(case):
-    pipeline = case.build()
-    bare = bare_run(pipeline, case.arguments)
-    _, source = traced_run(pipeline, another(case.arguments), seed=3, capture=[case.site])
-    patched, _ = traced_run(pipeline, case.arguments, interventions=[Patch(case.site, source=source)])
-    first = calls_of(source, case)[0].tick
-    assert patched[0][:first] == bare[0][:first]
-    assert all(one != other for one, other in zip(patched[0][first:], bare[0][first:], strict=True))
-    assert patched[1] != bare[1]
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_writing_back_what_was_read_changes_no_byte(case):
     pipeline = case.build()
@@ -183,33 +125,6 @@ def test_writing_back_what_was_read_changes_no_byte(case):
 
 
 # A fork is exact
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_a_fork_without_an_edit_is_the_whole_run_byte_for_byte(case):
-    pipeline = case.build()
-    model = DiffusionModel(pipeline)
-    whole = model.record(**case.arguments, seed=0, capture=[case.site])
-    for step in range(whole.ledger.steps + 1):
-        fork = whole.fork(step)
-        assert as_bytes(fork.latents) == as_bytes(whole.latents)
-        assert as_bytes(fork.noise_pred) == as_bytes(whole.noise_pred)
-        assert as_bytes(dict(fork.output)) == as_bytes(dict(whole.output))
-        assert as_bytes(fork[case.site]) == as_bytes(whole[case.site])
-        assert fork.ledger == whole.ledger
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_a_fork_computes_only_the_calls_from_its_step_on(case):
-    pipeline = case.build()
-    model = DiffusionModel(pipeline)
-    whole = model.record(**case.arguments, seed=0)
-    for name, denoiser in model.denoisers.items():
-        for step in (0, 1, 3, whole.ledger.steps):
-            with forwards_of(denoiser) as forwards:
-                whole.fork(step)
-            late = [row for row in whole.ledger if row.step >= step and row.component == name]
-            assert len(forwards) == len(late)
 
 
 @pytest.mark.parametrize("case", CASES)

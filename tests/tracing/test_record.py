@@ -159,6 +159,16 @@ def test_frames_and_plain_tuples_are_found():
     assert plain.images[0].size == (16, 16)
 
 
+def test_images_are_found_in_the_state_of_blocks_and_in_a_list():
+    case = tiny.FAMILIES["modular-sdxl"]
+    model = DiffusionModel(case.build())
+    asked = {**case.arguments, "num_inference_steps": 1, "seed": 0}
+    state, alone = model.record(**{**asked, "output": None}), model.record(**{**asked, "output": "images"})
+    assert state.images[0].tobytes() == alone.images[0].tobytes() == model.record(**asked).images[0].tobytes()
+    with pytest.raises(UnknownNameError, match="no frames"):
+        state.frames.clone()
+
+
 def test_a_record_without_its_model_cannot_be_forked():
     with pytest.raises(InputError, match="Record it anew"):
         Record(RunSpec()).fork(0)

@@ -13,22 +13,6 @@ from workbench.models.model import DiffusionModel
 PROMPT = "a red circle"
 SITE = "unet.mid_block"
 
-SCHEDULERS = [
-    ("DDIMScheduler", {}),
-    ("DDPMScheduler", {}),
-    ("PNDMScheduler", {"skip_prk_steps": True}),
-    ("HeunDiscreteScheduler", {}),
-    ("EulerAncestralDiscreteScheduler", {}),
-    ("KDPM2AncestralDiscreteScheduler", {}),
-    ("DPMSolverMultistepScheduler", {}),
-    ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-    ("DPMSolverSinglestepScheduler", {}),
-    ("UniPCMultistepScheduler", {}),
-    ("DEISMultistepScheduler", {}),
-    ("LMSDiscreteScheduler", {}),
-    ("LCMScheduler", {}),
-]
-
 
 def sd1(scheduler="DDIMScheduler", **config):
     return DiffusionModel(tiny.sd1(getattr(diffusers, scheduler), **config))
@@ -36,17 +20,6 @@ def sd1(scheduler="DDIMScheduler", **config):
 
 def record(model, prompt=PROMPT, **arguments):
     return model.record(prompt, **{"num_inference_steps": 5, "seed": 0, "capture": [SITE], **arguments})
-
-
-@pytest.mark.parametrize(("scheduler", "config"), SCHEDULERS)
-def test_a_fork_is_exact_for_every_scheduler(scheduler, config):
-    whole = record(sd1(scheduler, **config))
-    for step in (1, 3, 5, -1):
-        fork = whole.fork(step)
-        assert as_bytes(fork.latents) == as_bytes(whole.latents)
-        assert as_bytes(fork[SITE]) == as_bytes(whole[SITE])
-        assert fork.images[0].tobytes() == whole.images[0].tobytes()
-        assert fork.ledger == whole.ledger
 
 
 @pytest.mark.parametrize("scheduler", ["EulerAncestralDiscreteScheduler", "DDPMScheduler"])
@@ -59,9 +32,9 @@ def test_a_fork_without_a_seed_draws_the_same_noise_again(scheduler):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize(("scheduler", "config"), SCHEDULERS)
-def test_before_its_step_a_fork_computes_nothing(scheduler, config):
-    model = sd1(scheduler, **config)
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "PNDMScheduler", "HeunDiscreteScheduler"])
+def test_before_its_step_a_fork_computes_nothing(scheduler):
+    model = sd1(scheduler)
     whole = record(model)
     for step in (0, 2, 5):
         with forwards_of(model.unet.module) as forwards:

@@ -3,6 +3,7 @@
 import inspect
 import opcode
 import sys
+from copy import deepcopy
 from functools import partial
 
 import pytest
@@ -43,6 +44,49 @@ def test_hooks_see_and_change_what_passes():
     assert module(ONE) == 14
     rig.sweep()
     assert module(ONE) == 2
+
+
+class Counter:
+    def __init__(self):
+        self.count = 0
+
+    def step(self, by, *, generator=None):
+        self.count += by
+        return self.count
+
+
+def watched_counter():
+    counter, rig, seen = Counter(), Rig(), []
+    rig.wrap(
+        counter, "step", lambda step: lambda *args, **kwargs: (seen.append(args), step(*args, **kwargs))[1]
+    )
+    return counter, rig, seen
+
+
+def test_a_wrapped_method_says_what_it_takes_as_before():
+    """Pipelines pass a generator only to a step whose signature has one."""
+    counter, rig, _ = watched_counter()
+    assert inspect.signature(counter.step) == inspect.signature(Counter().step)
+    rig.sweep()
+    assert "step" not in vars(counter)
+
+
+def test_a_copy_made_while_its_original_is_watched_is_plain_and_on_its_own():
+    counter, rig, seen = watched_counter()
+    counter.step(1)
+    copied = deepcopy(counter)
+    assert (copied.step(10), counter.step(1)) == (11, 2)
+    assert seen == [(1,), (1,)]
+    rig.sweep()
+    assert copied.step(10) == 21
+
+
+def test_a_copy_keeps_what_somebody_else_has_put_on_its_original():
+    counter, rig = Counter(), Rig()
+    counter.step = abs
+    rig.wrap(counter, "step", lambda step: step)
+    assert deepcopy(counter).step is abs
+    assert deepcopy(vars(counter))["step"] is vars(counter)["step"]
 
 
 def test_a_sweep_takes_off_ours_and_leaves_others():

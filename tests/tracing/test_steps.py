@@ -49,6 +49,14 @@ def test_steps_the_run_does_not_have_are_refused(steps):
         covers(normal(steps), row(), 10)
 
 
+@pytest.mark.parametrize("steps", [-1, [0, -2], slice(-2, None), slice(0, -1)])
+def test_steps_from_an_end_that_is_not_known_are_refused(steps):
+    with pytest.raises(InputError, match="counts from the end"):
+        covers(normal(steps), row(3), None)
+    assert covers(normal([3, 5]), row(3), None)
+    assert covers(normal(slice(2, None)), row(3), None)
+
+
 def test_branches_are_equal_stretches_of_the_batch():
     assert branch_rows(row(), "all", 6) == [("uncond", slice(0, 3)), ("cond", slice(3, 6))]
     assert branch_rows(row(), "cond", 6) == [("cond", slice(3, 6))]

@@ -34,7 +34,7 @@ def check(pipeline: Any, arguments: Mapping[str, Any]) -> None:
 
 
 def count_prompts(arguments: Mapping[str, Any]) -> int:
-    """Return how many prompts, or classes, a call has."""
+    """Return how many prompts a call has; without words, how many classes or pictures."""
     prompt = arguments.get("prompt")
     if isinstance(prompt, (list, tuple)):
         return len(prompt)
@@ -43,6 +43,8 @@ def count_prompts(arguments: Mapping[str, Any]) -> int:
     embeds = arguments.get("prompt_embeds")
     if prompt is None and embeds is not None:
         return int(embeds.shape[0])
+    if prompt is None and isinstance(arguments.get("image"), (list, tuple)):
+        return len(arguments["image"])
     return int(arguments.get("batch_size", 1))
 
 

@@ -124,8 +124,10 @@ def predicted(decoder: Decoder, record: Record, budget: float) -> tuple[Sequence
     Returns:
         The pictures and whether they are decoded (else linear); None where there are none.
     """
+    if not len(record.ledger) or record.output is None or not decoder.trusts(record):
+        return None
     x0 = record.pred_x0
-    if x0 is None or not len(record.ledger) or record.output is None or not decoder.trusts(record):
+    if x0 is None:
         return None
     size = record.images[0].size
     ticks = [record.ledger.last_tick(step) for step in range(record.ledger.steps)]

@@ -10,9 +10,12 @@ import torch
 from torch import nn
 
 from workbench.tracing import prediction
+from workbench.tracing.branches import Branches
 from workbench.tracing.ledger import GUIDED, Ledger, Row
 from workbench.tracing.rig import Method, Rig
-from workbench.tracing.system import System
+from workbench.tracing.scheduler_call import SchedulerCall
+from workbench.tracing.stages import Stages
+from workbench.tracing.system import System, told_time
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,6 @@ class Tick:
     pred_x0: torch.Tensor | None
 
 
-_STEP_ARGUMENTS = ("model_output", "timestep", "sample")
-
 Guided = Callable[[int, int, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -45,15 +46,13 @@ class Clock:
     """The run's three clocks.
 
     ``rows`` is how many samples the run makes: a denoiser batch of twice as many holds two guidance
-    branches. ``started`` is called with each row as the denoiser is entered, ``finished`` with the row and
-    what
-    it returned, ``ticked`` with each tick and the latents after it, ``guided`` may replace the
-    prediction that the scheduler is handed with the latents.
+    branches, and ``prompt`` tells which of them has the words. ``started`` is called with each row as the
+    denoiser is entered, ``finished`` with the row and what it returned, ``ticked`` with each tick and the
+    latents after it, ``guided`` may replace the prediction that the scheduler is handed with the latents.
     """
 
-    def __init__(self, system: System, rows: int | None) -> None:
+    def __init__(self, system: System, rows: int | None, prompt: Any = None) -> None:
         self.system = system
-        self.rows = rows
         self.ledger = Ledger()
         self.row: Row | None = None
         self.ticks = 0
@@ -61,12 +60,15 @@ class Clock:
         self.finished: list[Callable[[Row, Any], None]] = []
         self.ticked: list[Callable[[Tick, torch.Tensor], None]] = []
         self.guided: Guided | None = None
-        self._context: str | None = None
+        self._stages = Stages(system)
+        self._branches = Branches(system, rows, prompt)
         self._tick: Tick | None = None
         self._stepping = False
 
     def attach(self, rig: Rig) -> None:
         """Watch every denoiser's entry and every scheduler of the system."""
+        self._branches.attach(rig)
+        self._stages.attach(rig, lambda: self.ticks)
         for name, module in self.system.denoisers.items():
             rig.before(module, self._entering(name))
             rig.after(module, self._leaving, last=True)
@@ -92,37 +94,24 @@ class Clock:
 
     @property
     def total_steps(self) -> int | None:
-        """How many steps the run will have, once the scheduler has been told; before, None."""
-        scheduler = next(iter(self.system.schedulers.values()), None)
-        timesteps = getattr(scheduler, "timesteps", None)
-        if scheduler is None or timesteps is None or len(timesteps) == 0:
-            return None
-        begin = int(getattr(scheduler, "begin_index", None) or 0)
-        return self.step_of(len(timesteps) - begin - 1, scheduler) + 1
-
-    def step_of(self, tick: int, scheduler: Any) -> int:
-        """Return the step that a tick belongs to.
-
-        The pipelines' progress bars advance after a tick when it is past the warm-up and completes
-        the scheduler's order; this counts how often that was before ``tick``.
-        """
-        order = int(getattr(scheduler, "order", 1) or 1)
-        steps = getattr(scheduler, "num_inference_steps", None)
-        total = len(scheduler.timesteps)
-        warm_up = max(total - int(steps) * order, 0) if steps else 0
-        return sum(1 for done in range(tick) if done + 1 > warm_up and (done + 1) % order == 0)
+        """How many steps the run will have; None until the scheduler of its last stage has been told."""
+        return self._stages.total
 
     def _entering(self, component: str) -> Callable[..., None]:
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            scheduler = next(iter(self.system.schedulers.values()), None)
-            timestep = self._next_timestep(scheduler, args, kwargs)
+            scheduler = self._stages.scheduler
+            timestep = self._next_timestep(
+                scheduler, told_time(self.system.denoisers[component], args, kwargs)
+            )
+            self._stages.called(self.ticks, timestep)
+            earlier = sum(1 for row in self.ledger if row.tick == self.ticks)
             row = Row(
                 call=len(self.ledger),
                 tick=self.ticks,
-                step=self.ticks if scheduler is None else self.step_of(self.ticks, scheduler),
+                step=self._stages.step_of(self.ticks),
                 timestep=timestep,
                 sigma=None if scheduler is None else prediction.sigma(scheduler, timestep),
-                branches=self._branches(args, kwargs),
+                branches=self._branches.of(component, args, kwargs, earlier),
                 component=component,
             )
             self.ledger.add(row)
@@ -140,7 +129,7 @@ class Clock:
 
     def _labelling(self, cache_context: Callable[..., Any]) -> Callable[..., Any]:
         def label(name: str, *args: Any, **kwargs: Any) -> Any:
-            self._context = name
+            self._branches.label = name
             return cache_context(name, *args, **kwargs)
 
         return label
@@ -152,26 +141,25 @@ class Clock:
         self, scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Note what the scheduler is stepped with, after every edit of it."""
-        model_output, timestep, sample = _step_arguments(args, kwargs)
-        index, at = self.ticks, self.step_of(self.ticks, scheduler)
+        call = SchedulerCall.of(scheduler, args, kwargs)
+        self._stages.stepped(scheduler, self.ticks)
+        index, at = self.ticks, self._stages.step_of(self.ticks)
+        model_output, sample, when = call.model_output, call.sample, call.timestep
         if self.guided is not None:
             model_output = self.guided(index, at, model_output, sample)
-        when = float(timestep)
         self._confirm(scheduler, when)
         self._tick = Tick(
             index, at, when, model_output, sample, prediction.clean(scheduler, model_output, sample, when)
         )
         self.ticks += 1
-        self._context = None
-        if args:
-            return (model_output, *args[1:]), kwargs
-        return args, {**kwargs, _STEP_ARGUMENTS[0]: model_output}
+        self._branches.label = None
+        return call.handing_over(model_output)
 
     def predict(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
         """Return x₀ as predicted by what the scheduler is about to be stepped with; None if unknown."""
-        scheduler = next(iter(self.system.schedulers.values()))
-        model_output, timestep, sample = _step_arguments(args, kwargs)
-        return prediction.clean(scheduler, model_output, sample, float(timestep))
+        scheduler = self._stages.scheduler
+        call = SchedulerCall.of(scheduler, args, kwargs)
+        return prediction.clean(scheduler, call.model_output, call.sample, call.timestep)
 
     def _tick_ends(self, _: Any, _args: Any, _kwargs: Any, output: Any) -> None:
         tick, self._tick, self._stepping = self._tick, None, False
@@ -189,9 +177,7 @@ class Clock:
                 sigma = prediction.sigma(scheduler, timestep)
                 self.ledger.amend(row.model_copy(update={"timestep": timestep, "sigma": sigma}))
 
-    def _next_timestep(self, scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-        told = kwargs.get("timestep", kwargs.get("timesteps", args[1] if len(args) > 1 else None))
-        value = float(told.flatten()[0]) if isinstance(told, torch.Tensor) else float(told or 0)
+    def _next_timestep(self, scheduler: Any, value: float) -> float:
         timesteps = getattr(scheduler, "timesteps", None)
         if timesteps is None or len(timesteps) == 0:
             return value
@@ -205,30 +191,3 @@ class Clock:
             if abs(close - candidate) <= 1e-3 * max(abs(candidate), 1):
                 return close
         return value
-
-    def _branches(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
-        if self._context is not None:
-            return (self._context,)
-        sample = args[0] if args else next(iter(kwargs.values()), None)
-        batch = sample.shape[0] if isinstance(sample, torch.Tensor) and sample.ndim else 1
-        if self.rows is not None and batch % self.rows == 0 and batch > self.rows:
-            ways = batch // self.rows
-            if ways > 2:
-                return tuple(f"guide{way}" for way in range(ways))
-            labels = kwargs.get("class_labels")
-            return ("cond", "uncond") if _null_class_last(labels, self.rows) else ("uncond", "cond")
-        earlier = sum(1 for row in self.ledger if row.tick == self.ticks)
-        return (("cond", "uncond")[earlier] if earlier < 2 else f"guide{earlier}",)
-
-
-def _step_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, Any]:
-    given = {**dict(zip(_STEP_ARGUMENTS, args, strict=False)), **kwargs}
-    model_output, timestep, sample = (given[name] for name in _STEP_ARGUMENTS)
-    return model_output, timestep, sample
-
-
-def _null_class_last(labels: Any, rows: int) -> bool:
-    """Whether the second half of a guided batch is without a class: the null class is the highest."""
-    if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or len(labels) != 2 * rows:
-        return False
-    return bool(labels[:rows].max() < labels[rows:].min())

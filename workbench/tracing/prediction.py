@@ -79,6 +79,10 @@ def clean(
         return None
     signal, noise = scale
     x, out = sample.detach().float(), model_output.detach().float()
+    if hasattr(scheduler, "precondition_outputs"):
+        # Karras et al. 2022, eq. 7: what the network predicts is scaled by its noise level.
+        preconditioned: torch.Tensor = scheduler.precondition_outputs(x, out, sigma(scheduler, timestep))
+        return preconditioned
     norm = (signal**2 + noise**2) ** 0.5
     by_kind: dict[str, torch.Tensor | None] = {
         "epsilon": (x - noise * out) / signal if signal else None,

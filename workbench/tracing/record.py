@@ -184,7 +184,9 @@ class Record:
 
     def step_latents(self, step: int) -> torch.Tensor:
         """Return the latents a step leaves, ``(batch, channels, ...)``."""
-        return self.latents[self.ledger.last_tick(step)]
+        latents = self.ticks[self.ledger.last_tick(step)]["latents"]
+        assert latents is not None
+        return latents
 
     def fork(self, step: int, **changes: Any) -> Record:
         """Run again from ``step``: exact up to it, with ``changes`` from it on.
@@ -218,13 +220,19 @@ class Record:
         return self.captured[name], leaf
 
     def _stack(self, name: str) -> torch.Tensor:
-        return torch.stack([value for tick in self.ticks if (value := tick[name]) is not None])
+        values = [value for tick in self.ticks if (value := tick[name]) is not None]
+        if len({tuple(value.shape) for value in values}) > 1:
+            raise InputError(
+                f"The {name} of this run's stages differ in shape. Read one tick's: record.ticks[0][{name!r}]"
+            )
+        return torch.stack(values)
 
     def _of_output(self, name: str) -> Any:
-        if isinstance(self.output, dict) and name in self.output:
-            return self.output[name]
+        # A pipeline of blocks returns their state, whose values are a dict.
+        output = self.output if isinstance(self.output, dict) else getattr(self.output, "values", None)
+        if isinstance(output, dict) and name in output:
+            return output[name]
         if isinstance(self.output, Sequence) and name == "images":
-            return self.output[0]
-        raise UnknownNameError(
-            f"The pipeline returned no {name}.{nearest(name, list(self.output or []))} See record.output."
-        )
+            return self.output[0] if isinstance(self.output, tuple) else self.output
+        known = list(output) if isinstance(output, dict) else []
+        raise UnknownNameError(f"The pipeline returned no {name}.{nearest(name, known)} See record.output.")

@@ -7,6 +7,7 @@ touches it and sweeps by owner, so that an interrupt between any two opcodes lea
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,31 +41,50 @@ Target = nn.Module | Method
 
 
 class Owned:
-    """A callable that belongs to a rig.
+    """A callable that belongs to a rig: a hook, or what shadows the method ``target.name``.
 
     Attributes:
         owner: the rig.
         call: what is called.
-        last: whether it stays behind the rig's other hooks at its place, also those added later.
-        table: the hooks it stands among, where it is a method's.
-        target: the module it is put on, where it is a module's.
+        before: of a shadow, what it took the place of on the object itself, if anything.
+        target: the module it hooks, or the object whose method it shadows; None for a hook of a method.
+        name: the method's name; empty for a hook.
+        last: whether a hook stays behind the rig's others at its place, also those added later.
+        table: the hooks it stands among, where it hooks a method.
     """
 
     __wrapped__: Callable[..., Any]
 
     def __init__(
-        self, owner: Rig, call: Callable[..., Any], *, before: Any = _MISSING, last: bool = False
+        self,
+        owner: Rig,
+        call: Callable[..., Any],
+        *,
+        before: Any = _MISSING,
+        target: Any = None,
+        name: str = "",
+        last: bool = False,
     ) -> None:
         self.owner = owner
         self.call = call
         self.before = before
+        self.target = target
+        self.name = name
         self.last = last
         self.table: list[Owned] | None = None
-        self.target: nn.Module | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Pass the call on."""
         return self.call(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Leave a copy of the target with its own method: only the original is watched."""
+        copied = memo.get(id(self.target)) if self.name else None
+        if copied is None:
+            return self
+        if self.before is not _MISSING:
+            return deepcopy(self.before, memo)
+        return getattr(type(copied), self.name).__get__(copied)
 
 
 class Rig:
@@ -77,22 +97,20 @@ class Rig:
 
     def before(self, target: Target, hook: Before, *, last: bool = False) -> Owned:
         """Call ``hook(owner, args, kwargs)`` before each forward of a module, or each call of a method."""
-        owned = Owned(self, hook, last=last)
         if isinstance(target, Method):
-            return _stand(owned, self._calls_of(target).before)
+            return _stand(Owned(self, hook, last=last), self._calls_of(target).before)
         self._modules[target] = None
-        owned.target = target
+        owned = Owned(self, hook, target=target, last=last)
         target.register_forward_pre_hook(owned, with_kwargs=True)
         self._keep_last(target._forward_pre_hooks)
         return owned
 
     def after(self, target: Target, hook: After, *, last: bool = False) -> Owned:
         """Call ``hook(owner, args, kwargs, output)`` after each forward, or each call of a method."""
-        owned = Owned(self, hook, last=last)
         if isinstance(target, Method):
-            return _stand(owned, self._calls_of(target).after)
+            return _stand(Owned(self, hook, last=last), self._calls_of(target).after)
         self._modules[target] = None
-        owned.target = target
+        owned = Owned(self, hook, target=target, last=last)
         target.register_forward_hook(owned, with_kwargs=True)
         self._keep_last(target._forward_hooks)
         return owned
@@ -101,15 +119,16 @@ class Rig:
         """Shadow the method ``target.name`` by ``make(method)`` on this one object."""
         self._wrapped.append((target, name))
         own, method = target.__dict__.get(name, _MISSING), getattr(target, name)
-        shadow = Owned(self, make(method), before=own)
-        shadow.__wrapped__ = method  # pipelines read a method's signature to choose what to hand it
+        shadow = Owned(self, make(method), before=own, target=target, name=name)
+        # Pipelines look at a method's signature to decide what to pass: without this, no generator.
+        shadow.__wrapped__ = method
         target.__dict__[name] = shadow
 
     def drop(self, owned: Owned) -> None:
         """Take one hook off."""
         if owned.table is not None and owned in owned.table:
             owned.table.remove(owned)
-        if owned.target is not None:
+        if isinstance(owned.target, nn.Module):
             _remove(owned.target, lambda hook: hook is owned)
 
     def sweep(self) -> None:

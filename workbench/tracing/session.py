@@ -88,7 +88,7 @@ class Session:
         self.replay = replay
         self.attached: list[Callable[[Rig], None]] = []
         self.rig = Rig()
-        self.clock = Clock(system, rows)
+        self.clock = Clock(system, rows, arguments.get("prompt"))
         self.record = Record(spec, ledger=self.clock.ledger)
         if listener is not None:
             self.clock.started.append(listener.started)

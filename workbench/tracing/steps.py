@@ -41,6 +41,8 @@ def covers(steps: tuple[int, ...] | slice | None, row: Row, total: int | None) -
     """
     if steps is None:
         return True
+    if total is None:
+        _refuse_from_the_end(steps)
     if isinstance(steps, slice):
         return row.step in range(*steps.indices(total if total is not None else row.step + 1))
     if total is None:
@@ -64,3 +66,13 @@ def branch_rows(row: Row, branch: str, size: int) -> list[tuple[str, slice]]:
         )
     wanted = row.branches if branch in (ALL, "both") else tuple(b for b in row.branches if b == branch)
     return [(each, row.rows(each, size)) for each in wanted]
+
+
+def _refuse_from_the_end(steps: tuple[int, ...] | slice) -> None:
+    """Refuse steps counted from an end that is not known yet."""
+    named = (steps.start or 0, steps.stop or 0) if isinstance(steps, slice) else steps
+    if any(step < 0 for step in named):
+        raise InputError(
+            f"steps={steps!r} counts from the end, which this run does not know before its last stage. "
+            "Count from 0; the first stage's steps come first."
+        )

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import nn
 
-_TIME_ARGUMENTS = {"timestep", "timesteps", "t", "r", "time_step"}
+_TIME_ARGUMENTS = {"timestep", "timesteps", "t", "r", "time_step", "timestep_ratio"}
 _NOT_DENOISERS = ("ControlNet", "Autoencoder", "Adapter", "TextModel", "Safety")
 
 
@@ -37,7 +38,7 @@ class System:
         return {
             name: part
             for name, part in self.components.items()
-            if hasattr(part, "step") and hasattr(part, "timesteps")
+            if hasattr(part, "step") and (hasattr(part, "set_timesteps") or hasattr(part, "timesteps"))
         }
 
 
@@ -47,3 +48,15 @@ def is_denoiser(part: Any) -> bool:
         return False
     forward = getattr(type(part), "forward", None)
     return forward is not None and bool(_TIME_ARGUMENTS & set(inspect.signature(forward).parameters))
+
+
+def told_time(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
+    """Return the time a denoiser is called with, in its own unit; of the first row where each has one."""
+    names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return next((as_number(given[name]) for name in names if name in _TIME_ARGUMENTS & set(given)), 0.0)
+
+
+def as_number(value: Any) -> float:
+    """Return a number, or the first of a tensor's."""
+    return float(value.flatten()[0]) if isinstance(value, torch.Tensor) else float(value or 0)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import count, pairwise
 from types import TracebackType
 from typing import Any, Self
 
@@ -271,13 +271,18 @@ class Trace:
         """Reads after the loop are not bound to its last step."""
         self._step = None
 
-    def known_steps(self) -> int:
-        """Return how many steps the run has, letting it start if it must."""
-        if self._session.clock.total_steps is None or not self._session.record.ledger:
+    def known_steps(self) -> int | None:
+        """Return how many steps the run has, letting it start if it must; None if it does not know yet."""
+        if not self._session.record.ledger:
             self._catch = lambda _: True
             self._resume()
             self._catch = None
-        return self._session.clock.total_steps or self._session.record.ledger.steps
+        return self._session.clock.total_steps
+
+    @property
+    def ended(self) -> bool:
+        """Whether the pipeline has run to its end."""
+        return self._done
 
     def _reach(self, site: Site) -> Site:
         """Let the pipeline run until the value at ``site`` passes, if it has not; return its place."""
@@ -476,6 +481,9 @@ class Steps:
 
     def _over(self, chosen: int | slice | list[int]) -> Iterator[Row]:
         total = self._trace.known_steps()
+        if total is None:
+            yield from self._as_they_come(chosen)
+            return
         wanted = self._numbers(chosen, total)
         if any(later <= earlier for earlier, later in pairwise(wanted)):
             raise InputError(f"steps[{chosen}] does not go forward; a run cannot go back. Sort the steps.")
@@ -483,6 +491,31 @@ class Steps:
             if self._trace.stopped:
                 return
             yield self._trace.go_to_step(step)
+        self._trace.leave_steps()
+
+    def _as_they_come(self, chosen: int | slice | list[int]) -> Iterator[Row]:
+        """Go on without knowing how many steps there will be: a later stage is still to come."""
+        wanted: Iterable[int]
+        if isinstance(chosen, slice):
+            wanted = count(chosen.start or 0, chosen.step or 1)
+            named = [chosen.start or 0, chosen.stop or 0, chosen.step or 1]
+        else:
+            wanted = named = [chosen] if isinstance(chosen, int) else list(chosen)
+        if min(named, default=0) < 0:
+            raise InputError(
+                f"steps[{chosen}] counts from the end or backwards, and this run does not know its end "
+                "before its last stage. Count from 0; the first stage's steps come first."
+            )
+        for step in wanted:
+            if isinstance(chosen, slice) and chosen.stop is not None and step >= chosen.stop:
+                break
+            try:
+                row = self._trace.go_to_step(step)
+            except OutOfOrderError:
+                if isinstance(chosen, slice) and self._trace.ended:
+                    break
+                raise
+            yield row
         self._trace.leave_steps()
 
     def _numbers(self, chosen: int | slice | list[int], total: int) -> list[int]:

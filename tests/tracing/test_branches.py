@@ -1,0 +1,78 @@
+"""Which branch is which: by the pipeline's label, by the order of calls, by what the words became."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests import tiny
+from workbench.tracing.branches import Branches
+from workbench.tracing.rig import Rig
+from workbench.tracing.system import System
+
+PROMPT = "a red circle"
+SAMPLE = torch.zeros(2, 4, 8, 8)
+
+
+class Encoder(nn.Module):
+    """Makes something else of each text."""
+
+    def forward(self, input_ids):
+        return {"last_hidden_state": torch.sin(input_ids.float())[..., None].expand(-1, -1, 4).clone()}
+
+
+def encoded(*texts, prompt=PROMPT):
+    """Let an encoder read texts in this order; return the branches' observer and what became of each."""
+    tokenizer, encoder = tiny.clip_tokenizer(), Encoder()
+    branches = Branches(System({"tokenizer": tokenizer, "text_encoder": encoder}, print), 1, prompt)
+    rig = Rig()
+    branches.attach(rig)
+    ids = [tokenizer(text, padding="max_length", return_tensors="pt").input_ids for text in texts]
+    made = {text: encoder(input_ids=each)["last_hidden_state"] for text, each in zip(texts, ids, strict=True)}
+    rig.sweep()
+    return branches, made
+
+
+def named(branches, conditions, sample=SAMPLE):
+    return branches.of("unet", (sample, 500), {"encoder_hidden_states": conditions}, 0)
+
+
+@pytest.mark.parametrize("texts", [(PROMPT, ""), ("", PROMPT), (PROMPT, "a blue square")])
+@pytest.mark.parametrize("prompt", [PROMPT, [PROMPT]])
+def test_the_words_tell_the_halves_of_a_batch_apart_whichever_was_encoded_first(texts, prompt):
+    negative = next(text for text in texts if text != PROMPT)
+    branches, made = encoded(*texts, prompt=prompt)
+    assert named(branches, torch.cat([made[PROMPT], made[negative]])) == ("cond", "uncond")
+    branches, made = encoded(*texts, prompt=prompt)
+    assert named(branches, torch.cat([made[negative], made[PROMPT]])) == ("uncond", "cond")
+
+
+def test_without_a_trace_of_the_words_the_unconditional_half_comes_first():
+    branches, _ = encoded(PROMPT, "")
+    assert named(branches, torch.randn(2, 24, 4)) == ("uncond", "cond")
+    branches, made = encoded(PROMPT, "", prompt=None)
+    assert named(branches, torch.cat([made[PROMPT], made[""]])) == ("uncond", "cond")
+
+
+def test_the_pipelines_own_label_comes_first():
+    branches, _ = encoded()
+    branches.label = "pred_uncond"
+    assert named(branches, None, SAMPLE[:1]) == ("uncond",)
+    branches.label = "uncond_stg"
+    assert named(branches, None, SAMPLE[:1]) == ("uncond_stg",)
+
+
+def test_a_label_of_both_is_told_apart_by_the_batch():
+    branches, _ = encoded()
+    branches.label = "cond_uncond"
+    assert named(branches, None) == ("uncond", "cond")
+    assert named(branches, None, SAMPLE[:1]) == ("cond",)
+
+
+def test_more_ways_than_two_are_numbered():
+    branches, _ = encoded()
+    assert named(branches, None, torch.zeros(3, 4, 8, 8)) == ("guide0", "guide1", "guide2")
+    assert [branches.of("unet", (SAMPLE[:1],), {}, earlier) for earlier in range(3)] == [
+        ("cond",),
+        ("uncond",),
+        ("guide2",),
+    ]

@@ -1,0 +1,134 @@
+"""Which guidance branches a denoiser call computes, and in which order its rows have them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from workbench.tracing.rig import Rig
+from workbench.tracing.structure import leaves
+from workbench.tracing.system import System
+
+_BOTH = "cond_uncond"
+_MOST = 16
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    """What a text encoder made of some tokens: its top-level outputs, of the first row."""
+
+    tokens: torch.Tensor
+    values: list[torch.Tensor]
+
+
+class Branches:
+    """Names the branches of each call.
+
+    A pipeline's own label comes first (``cache_context``). Without one, a batch of several times the
+    samples holds several branches, and separate calls of one tick follow each other, cond first.
+
+    Attributes:
+        rows: how many samples the run makes.
+        label: the pipeline's name for what it computes now, or None.
+    """
+
+    def __init__(self, system: System, rows: int | None, prompt: Any = None) -> None:
+        self.rows = rows
+        self.label: str | None = None
+        self._system = system
+        self._prompt = prompt[0] if isinstance(prompt, (list, tuple)) and prompt else prompt
+        self._encodings: list[_Encoding] = []
+        self._orders: dict[str, tuple[str, str]] = {}
+
+    def attach(self, rig: Rig) -> None:
+        """Watch what the text encoders make of the words: it tells the branches of a batch apart."""
+        for part in self._system.components.values():
+            if (
+                isinstance(part, nn.Module)
+                and "input_ids" in inspect.signature(type(part).forward).parameters
+            ):
+                rig.after(part, self._encoded)
+
+    def of(
+        self, component: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], earlier: int
+    ) -> tuple[str, ...]:
+        """Return the branches of one call, in the order of its rows.
+
+        Args:
+            component: the denoiser.
+            args: what it is called with, the sample first.
+            kwargs: likewise.
+            earlier: how many calls of the same tick there were before.
+        """
+        if self.label is not None and self.label != _BOTH:
+            return (self.label.removeprefix("pred_"),)
+        sample = args[0] if args else next(iter(kwargs.values()), None)
+        batch = sample.shape[0] if isinstance(sample, torch.Tensor) and sample.ndim else 1
+        if self.rows is not None and batch % self.rows == 0 and batch > self.rows:
+            ways = batch // self.rows
+            if ways > 2:
+                return tuple(f"guide{way}" for way in range(ways))
+            if component not in self._orders:
+                self._orders[component] = self._order(args, kwargs, self.rows)
+            return self._orders[component]
+        return (("cond", "uncond")[earlier] if earlier < 2 else f"guide{earlier}",)
+
+    def _order(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: int) -> tuple[str, str]:
+        """Return which half of a guided batch is which; most pipelines put the unconditional one first."""
+        if _null_class_last(kwargs.get("class_labels"), rows) or self._words_first(args, kwargs, rows):
+            return ("cond", "uncond")
+        return ("uncond", "cond")
+
+    def _words_first(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: int) -> bool:
+        """Whether the first half of a batch is conditioned on the prompt, and the second is not."""
+        known = list(self._of_prompt())
+        for _, told in leaves((args, kwargs)):
+            if not known or told.ndim < 2 or told.shape[0] != 2 * rows or not told.is_floating_point():
+                continue
+            first, second = (any(_same(told[row], each) for each in known) for row in (0, rows))
+            if first != second:
+                return first
+        return False
+
+    def _of_prompt(self) -> Iterator[torch.Tensor]:
+        """Yield what the encoders made of the prompt, first row."""
+        if not isinstance(self._prompt, str):
+            return
+        spelled = [
+            list(part(self._prompt, add_special_tokens=False, verbose=False)["input_ids"])
+            for part in self._system.components.values()
+            if callable(part) and hasattr(part, "model_max_length")
+        ]
+        for encoding in self._encodings:
+            if any(_within(words, encoding.tokens.tolist()) for words in spelled):
+                yield from encoding.values
+
+    def _encoded(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if isinstance(ids, torch.Tensor) and ids.ndim == 2 and len(self._encodings) < _MOST:
+            values = [each[0].detach() for leaf, each in leaves(output) if len(leaf) <= 1 and each.ndim > 1]
+            self._encodings.append(_Encoding(ids[0], values))
+
+
+def _null_class_last(labels: Any, rows: int) -> bool:
+    """Whether the second half of a guided batch is without a class: the null class is the highest."""
+    if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or len(labels) != 2 * rows:
+        return False
+    return bool(labels[:rows].max() < labels[rows:].min())
+
+
+def _same(told: torch.Tensor, encoding: torch.Tensor) -> bool:
+    return told.numel() == encoding.numel() and torch.equal(
+        told.flatten(), encoding.flatten().to(told.device, told.dtype)
+    )
+
+
+def _within(words: list[int], tokens: list[int]) -> bool:
+    return bool(words) and any(
+        tokens[start : start + len(words)] == words for start in range(len(tokens) - len(words) + 1)
+    )
