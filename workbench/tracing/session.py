@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -40,6 +40,18 @@ class Probe(Protocol):
 
     def deliver(self, record: Record) -> None:
         """Put what was seen into the record."""
+
+
+@runtime_checkable
+class Taker(Protocol):
+    """A probe that is handed what passes at its sites, after every edit."""
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites it takes from."""
+
+    def take(self, session: Session, site: Site, value: Any) -> None:
+        """Take what passes at a site."""
 
 
 class Listener(Protocol):
@@ -85,6 +97,7 @@ class Session:
         self.edits = list(edits)
         self.capture = list(dict.fromkeys(capture))
         self.probes = list(probes)
+        self.takers = [each for each in self.probes if isinstance(each, Taker)]
         self.replay = replay
         self.attached: list[Callable[[Rig], None]] = []
         self.rig = Rig()
@@ -142,12 +155,17 @@ class Session:
 
     def _places(self) -> list[Site]:
         """Every module port something is wanted of, once."""
-        wanted = [*(site for edit in self.edits for site in edit.sites), *self.capture]
+        wanted = [
+            *(site for edit in self.edits for site in edit.sites),
+            *(site for taker in self.takers for site in taker.sites),
+            *self.capture,
+        ]
         return list(dict.fromkeys(Site(site.path, site.port) for site in wanted))
 
     def _hook(self, place: Site, module: nn.Module) -> None:
         edits = [(site, edit) for edit in self.edits for site in edit.sites if _at(site, place)]
         captures = [site for site in self.capture if _at(site, place)]
+        takers = [(site, taker) for taker in self.takers for site in taker.sites if _at(site, place)]
 
         def pass_by(value: Any) -> Any:
             if self.replaying(self.clock.row):
@@ -156,6 +174,8 @@ class Session:
                 value = self._apply(edit, site, value)
             for site in captures:
                 self._keep(site, value)
+            for site, taker in takers:
+                taker.take(self, site, value)
             return value
 
         hook_port(self.rig, module, place.port, pass_by)
