@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     from workbench.interventions.attach import Attach as Attach
     from workbench.interventions.patch import Patch as Patch
     from workbench.models.model import DiffusionModel as DiffusionModel
+    from workbench.tracing.capture import Capture as Capture
     from workbench.tracing.record import Record as Record
+    from workbench.tracing.storage.dataset import ActivationDataset as ActivationDataset
+    from workbench.tracing.storage.saved import load_record as load_record
+    from workbench.tracing.storage.stream import Stream as Stream
     from workbench.widgets.app import Workbench as Workbench
     from workbench.widgets.views import component_tree as component_tree
     from workbench.widgets.views import save_html as save_html
@@ -24,14 +28,18 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ActivationDataset": "workbench.tracing.storage.dataset",
     "Attach": "workbench.interventions.attach",
     "Attention": "workbench.attention.capture",
+    "Capture": "workbench.tracing.capture",
     "Experiment": "workbench.experiments.experiment",
     "DiffusionModel": "workbench.models.model",
     "Patch": "workbench.interventions.patch",
     "Record": "workbench.tracing.record",
+    "Stream": "workbench.tracing.storage.stream",
     "Workbench": "workbench.widgets.app",
     "errors": "workbench.errors",
+    "load_record": "workbench.tracing.storage.saved",
     "component_tree": "workbench.widgets.views",
     "save_html": "workbench.widgets.views",
     "step_scrubber": "workbench.widgets.views",
@@ -39,16 +47,20 @@ _HOMES = {
 }
 
 __all__ = [
+    "ActivationDataset",
     "Attach",
     "Attention",
+    "Capture",
     "DiffusionModel",
     "Experiment",
     "Patch",
     "Record",
+    "Stream",
     "Workbench",
     "__version__",
     "component_tree",
     "errors",
+    "load_record",
     "save_html",
     "step_scrubber",
     "zoo",

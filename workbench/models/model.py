@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from workbench.models import arguments as checks
 from workbench.models.loading import load
 from workbench.models.proxy import ModuleProxy, proxy
 from workbench.models.shapes import Shapes
+from workbench.tracing.capture import Capture as Chosen
 from workbench.tracing.record import Record, RunSpec
 from workbench.tracing.replay import Replay
 from workbench.tracing.seeds import Seed, generators, normal
@@ -156,7 +157,7 @@ class DiffusionModel:
         for each in edits:
             if not isinstance(each, Intervention):
                 raise InputError(f"{each!r} is not an intervention. Give wb.Patch(…) or another of them.")
-        spec = spec.model_copy(update={"capture": tuple(map(str, sites)), "interventions": tuple(edits)})
+        spec = spec.model_copy(update={"capture": _captured(capture), "interventions": tuple(edits)})
         session = Session(
             self._system(),
             call,
@@ -262,7 +263,30 @@ def _listed(capture: Sequence[Capture]) -> list[Capture]:
     """Refuse a lone site, which as a sequence would be its letters."""
     if isinstance(capture, (str, Site)):
         raise InputError(f"capture takes a list of sites: capture=[{str(capture)!r}].")
+    if not isinstance(capture, Iterable):
+        raise InputError(f"capture takes a list: capture=[{type(capture).__name__}(…)].")
     return list(capture)
+
+
+def _captured(asked: Sequence[Capture]) -> tuple[str | Chosen, ...]:
+    """Return which sites the record will hold, as data.
+
+    Raises:
+        InputError: something that captures nothing, or a site in two ways.
+    """
+    for each in asked:
+        if not isinstance(each, (str, Site)) and not hasattr(each, "watching"):
+            raise InputError(f"{each!r} captures nothing. Give a site, wb.Capture(…) or another probe.")
+    sites = [str(Site.parse(each)) for each in asked if isinstance(each, (str, Site))]
+    chosen = [each.site for each in asked if isinstance(each, Chosen)]
+    for site in chosen:
+        if site in sites or chosen.count(site) > 1:
+            raise InputError(f"{site} is captured in two ways in one run. Give one of them.")
+    return tuple(
+        each if isinstance(each, Chosen) else str(Site.parse(each))
+        for each in asked
+        if isinstance(each, (str, Site, Chosen))
+    )
 
 
 @contextmanager

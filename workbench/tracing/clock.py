@@ -11,7 +11,7 @@ from torch import nn
 
 from workbench.tracing import prediction
 from workbench.tracing.branches import Branches
-from workbench.tracing.ledger import GUIDED, Ledger, Row
+from workbench.tracing.ledger import Ledger, Row
 from workbench.tracing.rig import Method, Rig
 from workbench.tracing.scheduler_call import SchedulerCall
 from workbench.tracing.stages import Stages
@@ -89,7 +89,7 @@ class Clock:
         """
         if self.row is None and self._stepping and self.ledger:
             last: Row = self.ledger[-1]
-            return last.model_copy(update={"branches": (GUIDED,)})
+            return last.guided
         return self.row
 
     @property

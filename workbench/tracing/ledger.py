@@ -46,6 +46,16 @@ class Row(BaseModel):
         """The branch, or the branches in row order joined by ``+``: ``uncond+cond``."""
         return "+".join(self.branches)
 
+    @property
+    def guided(self) -> Row:
+        """The row as the scheduler has it, with the one branch ``guided``."""
+        return self.model_copy(update={"branches": (GUIDED,)})
+
+    @property
+    def only(self) -> str | None:
+        """``"guided"`` where guidance has joined the branches; else None."""
+        return GUIDED if self.branches == (GUIDED,) else None
+
     def has(self, branch: str) -> bool:
         """Whether this call computes ``branch``."""
         return branch in (ALL, "both") or branch in self.branches

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from workbench.errors import InputError, OutOfOrderError, UnknownNameError, nearest
 from workbench.tracing.ledger import ALL, GUIDED, Ledger, Row
 from workbench.tracing.sites import Site
+from workbench.tracing.storage.disk import new_data_name, staged, write_json
+from workbench.tracing.storage.packing import Writer
 from workbench.tracing.structure import Leaf, pick
+
+INDEX, FORMAT, VERSION = "record.json", "workbench.record", 1
+"""The file that makes a folder a record, and the version of the format."""
 
 
 class RunSpec(BaseModel):
@@ -22,7 +29,7 @@ class RunSpec(BaseModel):
         model: the model reference: a zoo name, a Hub id or a folder; "" for a live pipeline.
         arguments: the pipeline's own keyword arguments.
         seed: one seed, or one a sample; None leaves the noise to the pipeline.
-        capture: the sites that were captured.
+        capture: the sites that were captured, as text or, with a choice of steps, rows or dtype, a `Capture`.
         interventions: each as data; one made by hand in a ``with`` block is ``{"kind": "by hand"}``.
         forked_at: the step at which the run left another, or None.
     """
@@ -32,7 +39,7 @@ class RunSpec(BaseModel):
     model: str = ""
     arguments: dict[str, Any] = Field(default_factory=dict)
     seed: int | tuple[int, ...] | None = None
-    capture: tuple[str, ...] = ()
+    capture: tuple[Any, ...] = ()
     interventions: tuple[Any, ...] = ()
     forked_at: int | None = None
 
@@ -50,18 +57,14 @@ class Passage:
 
     Attributes:
         call: the denoiser call it belongs to; None outside the calls and the scheduler's ticks.
-        value: a copy of it, on the CPU.
-        guided: whether it passed in ``scheduler.step``, where guidance has joined the branches.
+        value: what passed.
+        branch: the one branch whose rows were kept, ``"guided"`` for what passed in ``scheduler.step``;
+            None is every row.
     """
 
     call: int | None
     value: Any
-    guided: bool = False
-
-
-def passage(row: Row | None, value: Any) -> Passage:
-    """Return what passed when the clock was at ``row``."""
-    return Passage(None if row is None else row.call, value, row is not None and row.branches == (GUIDED,))
+    branch: str | None = None
 
 
 @dataclass
@@ -165,7 +168,7 @@ class Record:
             OutOfOrderError: the step has no such call, or the site did not pass in it.
         """
         passages, leaf = self._kept(site)
-        if passages[0].guided:
+        if passages[0].branch == GUIDED:
             branch = ALL if branch in (GUIDED, "both") else branch
             rows = list({row.tick: row for row in self.ledger.at(step, branch)}.values())
         else:
@@ -178,9 +181,19 @@ class Record:
         for passage in passages:
             if passage.call == row.call:
                 value = pick(passage.value, leaf, site=str(site))
-                part: torch.Tensor = value if passage.guided else value[row.rows(branch, value.shape[0])]
+                if passage.branch not in (None, branch) and branch not in (ALL, "both"):
+                    raise OutOfOrderError(
+                        f"Of {site} only the branch {passage.branch!r} was kept, not {branch!r}. "
+                        "Record it without branch=…, or read what there is."
+                    )
+                whole = passage.branch is None
+                part: torch.Tensor = value[row.rows(branch, value.shape[0])] if whole else value
                 return part
-        raise OutOfOrderError(f"{site} did not pass in step {step} (call {row.call}) of this run.")
+        kept = sorted({self.ledger[each.call].step for each in passages if each.call is not None})
+        raise OutOfOrderError(
+            f"{site} did not pass in step {step} (call {row.call}) of this run, or was not kept there. "
+            f"Steps with a value: {', '.join(map(str, kept)) or 'none'}."
+        )
 
     def step_latents(self, step: int) -> torch.Tensor:
         """Return the latents a step leaves, ``(batch, channels, ...)``."""
@@ -205,6 +218,51 @@ class Record:
             raise InputError(f"The run has {self.ledger.steps} steps; it cannot fork at step {step}.")
         return self.model.fork(self, step % self.ledger.steps if step < 0 else step, changes)
 
+    def asked(self, site: str) -> Any:
+        """Return the `Capture` that chose what was kept at a site; None where everything was."""
+        chosen = (each for each in self.spec.capture if not isinstance(each, str))
+        return next((each for each in chosen if each.site == site), None)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the record into a folder, with everything it holds.
+
+        The folder is written whole or not at all. A record that was there is replaced. Images are PNG
+        files, tensors safetensors files, all else JSON; `workbench.load_record` opens it. What is no data
+        (a function among the arguments) is warned of and marked as not saved.
+
+        Args:
+            folder: where to; made if it is not there.
+
+        Returns:
+            The folder.
+
+        Raises:
+            StoreError: something else is there, or it cannot be written.
+        """
+        target = Path(folder)
+        with staged(target, INDEX, FORMAT) as staging:
+            self.write_into(staging)
+        return target
+
+    def write_into(self, folder: Path) -> None:
+        """Write the record's files and, at last, its index into an empty folder."""
+        data = new_data_name()
+        (folder / data).mkdir()
+        writer = Writer(folder / data)
+        kept = {site: [vars(each) for each in passages] for site, passages in self.captured.items()}
+        values = {"captured": writer.write(kept, "captured")}
+        for name in ("output", "ticks", "calls", "initial", "rng_state", "attention"):
+            values[name] = writer.write(getattr(self, name), name)
+        spec = writer.write(dict(self.spec), "spec", hashed=True)
+        ledger = [writer.write({**dict(row), "branches": [*row.branches]}, "ledger") for row in self.ledger]
+        writer.finish()
+        if writer.unsaved:
+            warnings.warn(
+                f"Not data, so not saved: {', '.join(writer.unsaved[:4])}. All else is.", stacklevel=3
+            )
+        about = {"format": FORMAT, "version": VERSION, "data": data, "files": writer.files}
+        write_json(folder / INDEX, {**about, "spec": spec, "ledger": ledger, "values": values})
+
     def _kept(self, site: str | Site) -> tuple[list[Passage], Leaf]:
         """Return a site's passages, and the selector still to be applied to them."""
         wanted = Site.parse(site)
@@ -216,7 +274,12 @@ class Record:
                 f"Record it: record(..., capture=[{str(wanted)!r}])."
             )
         if not self.captured[name]:
-            raise OutOfOrderError(f"{wanted} never passed in this run: its module was not called.")
+            raise OutOfOrderError(
+                f"{wanted} never passed in this run: its module was not called."
+                if self.asked(name) is None
+                else f"Nothing of {wanted} was kept: none of the run's calls is of {self.asked(name)}. "
+                f"The run has {self.ledger.steps} steps and the branches {', '.join(self.ledger.branches)}."
+            )
         return self.captured[name], leaf
 
     def _stack(self, name: str) -> torch.Tensor:

@@ -44,7 +44,11 @@ class Replay:
         clock.guided = self._guided
 
     def passages(self, site: Site) -> list[Passage]:
-        """Return what the repeated steps left at ``site``, if the recorded run kept it."""
+        """Return what the repeated steps left at ``site``, if the recorded run kept all of it."""
+        return self.early(site) if self.record.asked(str(site)) is None else []
+
+    def early(self, site: Site) -> list[Passage]:
+        """Return what the recorded run kept at ``site`` in the repeated steps, as it kept it."""
         kept = self.record.captured.get(str(site), [])
         early = {row.call for row in self.record.ledger if self.covers(row)}
         return [each for each in kept if each.call in early]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -13,7 +13,7 @@ from workbench.tracing.clock import Clock, Tick
 from workbench.tracing.guards import check
 from workbench.tracing.ledger import Row
 from workbench.tracing.ports import hook_port
-from workbench.tracing.record import Record, RunSpec, passage
+from workbench.tracing.record import Passage, Record, RunSpec
 from workbench.tracing.replay import Replay
 from workbench.tracing.rig import Rig, Target
 from workbench.tracing.sites import Site, resolve
@@ -40,6 +40,18 @@ class Probe(Protocol):
 
     def deliver(self, record: Record) -> None:
         """Put what was seen into the record."""
+
+
+@runtime_checkable
+class Taker(Protocol):
+    """A probe that is handed what passes at its sites, after every edit."""
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites it takes from."""
+
+    def take(self, session: Session, site: Site, value: Any) -> None:
+        """Take what passes at a site."""
 
 
 class Listener(Protocol):
@@ -85,6 +97,7 @@ class Session:
         self.edits = list(edits)
         self.capture = list(dict.fromkeys(capture))
         self.probes = list(probes)
+        self.takers = [each for each in self.probes if isinstance(each, Taker)]
         self.replay = replay
         self.attached: list[Callable[[Rig], None]] = []
         self.rig = Rig()
@@ -141,12 +154,17 @@ class Session:
 
     def _places(self) -> list[Site]:
         """Every module port something is wanted of, once."""
-        wanted = [*(site for edit in self.edits for site in edit.sites), *self.capture]
+        wanted = [
+            *(site for edit in self.edits for site in edit.sites),
+            *(site for taker in self.takers for site in taker.sites),
+            *self.capture,
+        ]
         return list(dict.fromkeys(Site(site.path, site.port) for site in wanted))
 
     def _hook(self, place: Site, target: Target) -> None:
         edits = [(site, edit) for edit in self.edits for site in edit.sites if _at(site, place)]
         captures = [site for site in self.capture if _at(site, place)]
+        takers = [(site, taker) for taker in self.takers for site in taker.sites if _at(site, place)]
 
         def pass_by(value: Any) -> Any:
             if self.replaying(self.clock.now):
@@ -155,6 +173,8 @@ class Session:
                 value = self._apply(edit, site, value)
             for site in captures:
                 self._keep(site, value)
+            for site, taker in takers:
+                taker.take(self, site, value)
             return value
 
         hook_port(self.rig, target, place.port, pass_by)
@@ -167,7 +187,8 @@ class Session:
     def _keep(self, site: Site, value: Any) -> None:
         part = pick(value, site.leaf, site=str(site)) if site.leaf else value
         row = self.clock.now
-        self.record.captured[str(site)].append(passage(row, keep(part)))
+        call, branch = (None, None) if row is None else (row.call, row.only)
+        self.record.captured[str(site)].append(Passage(call, keep(part), branch))
 
     def _finish(self, _: Row, output: Any) -> None:
         self.record.calls.append(keep(output))

@@ -59,7 +59,7 @@ def branch_rows(row: Row, branch: str, size: int) -> list[tuple[str, slice]]:
     Raises:
         InputError: the scheduler's values have no branches to choose from.
     """
-    if row.branches == (GUIDED,) and branch not in (ALL, "both", GUIDED):
+    if row.only is not None and branch not in (ALL, "both", GUIDED):
         raise InputError(
             "What the scheduler works on is of no branch, since guidance has joined them: "
             f"leave branch={branch!r} out."

@@ -1,0 +1,143 @@
+"""The command line, in this process and, once, in one of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import workbench as wb
+from tests import tiny
+from workbench.cli.main import main
+from workbench.cli.table import size
+from workbench.models.model import DiffusionModel
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline")
+    tiny.sd1().save_pretrained(folder)
+    return str(folder)
+
+
+def command(capsys, *arguments):
+    """Run a command; return its exit status, output and errors."""
+    with pytest.raises(SystemExit) as ended:
+        main([*map(str, arguments)])
+    captured = capsys.readouterr()
+    return ended.value.code or 0, captured.out, captured.err
+
+
+def test_record_and_info(capsys, pipeline, tmp_path):
+    out = tmp_path / "run"
+    asked = (
+        "--out",
+        out,
+        "--capture",
+        "unet.mid_block",
+        "--capture",
+        "unet.conv_in:input",
+        "--seed",
+        3,
+        "--steps",
+        2,
+    )
+    status, said, _ = command(capsys, "record", pipeline, "a red circle", *asked)
+    assert (status, said.split(":")[1].strip()) == (0, "2 steps, 2 calls")
+    record = wb.load_record(out)
+    assert (record.spec.seed, record.spec.arguments["num_inference_steps"]) == (3, 2)
+    assert record["unet.mid_block"].shape[0] == 2
+
+    for path in out.glob("data-*/*.safetensors"):
+        path.write_bytes(bytes(path.stat().st_size))  # no tensor can be read
+    status, said, _ = command(capsys, "info", out)
+    assert status == 0
+    lines = [line.split() for line in said.splitlines()]
+    assert ["unet.mid_block", "2", "2×16×4×4", "float32", "4.1", "kB"] in lines
+    assert ["latents", "2", "1×4×8×8", "float32", "2.0", "kB"] in lines
+    assert ["output", "1", "16×16", "RGB", "image", "768", "B"] in lines
+    assert "prompt     a red circle" in said
+
+
+def test_info_of_a_data_set(capsys, tmp_path):
+    stream = wb.Stream(tmp_path / "data", ["unet.mid_block"], dtype="float16")
+    for _ in range(2):
+        DiffusionModel(tiny.sd1()).record("a red circle", num_inference_steps=2, capture=[stream])
+    status, said, _ = command(capsys, "info", tmp_path / "data")
+    assert status == 0
+    assert said.startswith("data set of activations: 2 runs in 2 shards")
+    assert ["unet.mid_block", "8", "16×4×4", "float16"] in [line.split() for line in said.splitlines()]
+
+
+def test_our_errors_are_one_line_and_status_2(capsys, pipeline, tmp_path):
+    for arguments, message in [
+        (("info", tmp_path / "nowhere"), "is not there"),
+        (("record", "shapes-unt", "a red circle", "--out", tmp_path / "x"), "Did you mean 'shapes-unet'"),
+        (("record", pipeline, "", "--out", tmp_path / "x"), "The prompt is empty"),
+        (("record", pipeline, "a red circle", "--out", tmp_path / "x", "--steps", 0), "at least 1"),
+        (
+            ("record", pipeline, "a red circle", "--out", tmp_path / "x", "--capture", "unet.mid"),
+            "unet.mid_block",
+        ),
+    ]:
+        status, said, errors = command(capsys, *arguments)
+        assert (status, said) == (2, "")
+        ours = [line for line in errors.splitlines() if line.startswith("workbench: ")]
+        assert len(ours) == 1
+        assert message in ours[0]
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_misused_command_says_how_it_is_used(capsys):
+    status, _, errors = command(capsys, "record", "shapes-unet")
+    assert status == 2
+    assert "Missing" in errors
+    assert command(capsys, "info", "here", "--nonsense")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), ["record", "info"]),
+        (("record",), ["MODEL", "PROMPT", "--out", "--capture", "--seed", "--steps", "Example"]),
+        (("info",), ["FOLDER", "data set"]),
+    ],
+)
+def test_help_is_helpful(capsys, arguments, words):
+    status, said, _ = command(capsys, *arguments, "--help")
+    assert status == 0
+    assert all(word in said for word in words)
+
+
+def test_help_loads_no_torch():
+    code = (
+        "import atexit, sys; sys.argv = ['workbench', '--help'];"
+        "atexit.register(lambda: print('torch' in sys.modules));"
+        "from workbench.cli.main import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    assert "Usage: workbench" in done.stdout
+    assert done.stdout.split()[-1] == "False"
+
+
+def test_the_console_script_is_this_command():
+    scripts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"workbench": "workbench.cli.main:main"}
+
+
+def test_sizes_are_spelled():
+    assert [size(n) for n in (0, 999, 4096, 2_500_000, 3 * 10**9)] == [
+        "0 B",
+        "999 B",
+        "4.1 kB",
+        "2.5 MB",
+        "3.0 GB",
+    ]
