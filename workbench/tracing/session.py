@@ -11,7 +11,7 @@ from torch import nn
 
 from workbench.errors import RunStopped
 from workbench.tracing.clock import Clock, Tick
-from workbench.tracing.guards import check
+from workbench.tracing.guards import check, check_denoisers
 from workbench.tracing.ledger import Row
 from workbench.tracing.record import Passage, Record, RunSpec
 from workbench.tracing.replay import Replay
@@ -125,6 +125,7 @@ class Session:
     def _install(self) -> None:
         places = {site: resolve(self.system.components, site.path) for site in self._places()}
         check(self.system.components, places)
+        check_denoisers(self.system.denoisers, forking=self.replay is not None)
         self.record.rng_state = torch.get_rng_state()
         self.record.captured = {str(site): [] for site in self.capture}
         self.clock.finished.append(self._finish)

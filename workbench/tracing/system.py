@@ -43,7 +43,9 @@ class System:
 
 def is_denoiser(part: Any) -> bool:
     """Whether a component predicts noise, velocity or a sample at a timestep."""
-    if not isinstance(part, nn.Module) or any(word in type(part).__name__ for word in _NOT_DENOISERS):
+    # torch.compile(module) wraps it in a module of another class.
+    kind = type(getattr(part, "_orig_mod", part))
+    if not isinstance(part, nn.Module) or any(word in kind.__name__ for word in _NOT_DENOISERS):
         return False
-    forward = getattr(type(part), "forward", None)
+    forward = getattr(kind, "forward", None)
     return forward is not None and bool(_TIME_ARGUMENTS & set(inspect.signature(forward).parameters))

@@ -66,7 +66,6 @@ class Trace:
         self._done = False
         self._open_paths: set[str] = set()
         self._modules: dict[Site, nn.Module] = {}
-        self._checked: set[tuple[str, bool]] = set()
 
     def __enter__(self) -> Self:
         if self._coroutine is not None:
@@ -234,10 +233,7 @@ class Trace:
         if place not in self._modules:
             components = self._session.system.components
             module = resolve(components, place.path)
-            kind = (_component(place), place.path == _component(place))
-            if kind not in self._checked:
-                check(components, {place: module})
-                self._checked.add(kind)
+            check(components, [place])
             self._modules[place] = module
         return self._modules[place]
 
