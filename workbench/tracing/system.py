@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from workbench.errors import TraceError
+
 _TIME_ARGUMENTS = {"timestep", "timesteps", "t", "r", "time_step"}
 _NOT_DENOISERS = ("ControlNet", "Autoencoder", "Adapter", "TextModel", "Safety")
 
@@ -30,6 +32,20 @@ class System:
     def denoisers(self) -> dict[str, nn.Module]:
         """The modules that are called with a timestep: UNets and transformers, one or more."""
         return {name: part for name, part in self.components.items() if is_denoiser(part)}
+
+    def check_unchanged(self) -> None:
+        """Refuse to go on with parts that the pipeline no longer has: nobody watches those it has now.
+
+        Raises:
+            TraceError: with the part and how to exchange it.
+        """
+        for name, part in self.components.items():
+            now = getattr(self.call, name, part)
+            if now is not part and (isinstance(part, nn.Module) or name in self.schedulers):
+                raise TraceError(
+                    f"pipeline.{name} was replaced ({type(part).__name__} by {type(now).__name__}) after "
+                    "this run had been asked for. Replace parts between runs: the next takes what is there."
+                )
 
     @cached_property
     def schedulers(self) -> dict[str, Any]:

@@ -64,6 +64,7 @@ class Trace:
         self._wanted: Site | None = None
         self._catch: Callable[[Row], bool] | None = None
         self._done = False
+        self._ending = "by itself"
         self._open_paths: set[str] = set()
         self._modules: dict[Site, nn.Module] = {}
 
@@ -172,7 +173,7 @@ class Trace:
         self._catch = None
         if self._pause is None or self._pause.row is None:
             raise OutOfOrderError(
-                f"The run ended after {self.record.ledger.steps} steps, before step {step}."
+                f"The run ended {self._ending}, after {self.record.ledger.steps} steps, before step {step}."
             )
         self._step = step
         return self._pause.row
@@ -222,12 +223,7 @@ class Trace:
             within, self._within, self._wanted = self._within, None, None
             self._session.rig.drop(module, hook)
         if self._pause is None or self._pause.place != place:
-            bound = self._step is not None or within is not None
-            passed = f"did not pass again in {self._where(within)}" if bound else "was never reached"
-            raise OutOfOrderError(
-                f"{place} {passed}; the run is at {self._spot()}. Values can be read in the order the model "
-                "computes them, once each call."
-            )
+            raise OutOfOrderError(self._missed(place, module, within))
 
     def _module_at(self, place: Site) -> nn.Module:
         if place not in self._modules:
@@ -296,10 +292,18 @@ class Trace:
         """In the block: let the pipeline go on until it waits or ends."""
         coroutine = self._coroutine
         if coroutine is None or self._done:
-            raise TraceError("The run has ended. Read values inside the with block, before it is over.")
+            asked = f"{self._wanted} passes no more: the run has" if self._wanted else "The run has"
+            raise TraceError(
+                f"{asked} ended {self._ending}, after {self.record.ledger.steps} steps. Ask for a value "
+                "before those that come after it, inside the with block."
+            )
+        self._session.system.check_unchanged()
         self._pause = None
         try:
             self._cross(coroutine.switch)
+        except BaseException as error:
+            self._ending = f"by {type(error).__name__} ({error})"
+            raise
         finally:
             self._done = coroutine.dead
 
@@ -330,6 +334,26 @@ class Trace:
         if self._pause is not None and self._pause.row is not self._seen_in:
             self._seen.clear()
             self._seen_in = self._pause.row
+
+    def _missed(self, place: Site, module: nn.Module, within: Row | None) -> str:
+        """Say that a value was waited for and did not come, after what, and what can be done."""
+        read_before = f" after {list(self._seen)[-1]}, which was read before it" if self._seen else ""
+        if type(module).forward is nn.Module.forward and "forward" not in vars(module):
+            inner = ", ".join(list(module._modules)[:4])
+            advice = f"A {type(module).__name__} is not called itself; ask for what is in it: {inner}."
+        elif self._pause is None:
+            advice = "Such a run does not call it, or had called it before what was read first."
+        else:
+            advice = (
+                "Values can be read in the order the model computes them, once each call: read it before "
+                "what comes after it, or in the next step."
+            )
+        if self._step is not None or within is not None:
+            return (
+                f"{place} did not pass again in {self._where(within)}{read_before}; the run is at "
+                f"{self._spot()}. {advice}"
+            )
+        return f"{place} was never reached; the run is at {self._spot()}{read_before}. {advice}"
 
     def _where(self, row: Row | None) -> str:
         if row is not None:
