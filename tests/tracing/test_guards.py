@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from tests import tiny
 from tests.watching import as_bytes, footprint, forwards_of
 from workbench.attention.capture import Attention
-from workbench.errors import GuardError
+from workbench.errors import GuardError, UnknownNameError
 from workbench.models.model import DiffusionModel
 from workbench.tracing import guards
 from workbench.tracing.guards import check
@@ -481,6 +481,19 @@ def test_maps_of_joint_attention_are_those_of_unfused_projections(family):
     assert list(fused) == list(plain)
     for path, maps in fused.items():
         assert (maps - plain[path]).abs().max() <= 1e-6
+
+
+def test_a_modular_pipelines_images_are_found_in_what_it_returns():
+    setting = SETTINGS["modular pipeline"]
+    pipeline = setting.build()
+    pipeline.set_progress_bar_config(disable=True)
+    model = DiffusionModel(pipeline)
+    asked = model.record(**setting.arguments, seed=0)
+    whole = model.record(**{**setting.arguments, "output": None}, seed=0)
+    bare = bare_run(pipeline, setting)
+    assert as_bytes(asked.images) == as_bytes(whole.images) == bare
+    with pytest.raises(UnknownNameError, match="returned no frames"):
+        whole.frames  # noqa: B018
 
 
 def test_a_cache_applied_by_hand_is_found_too():

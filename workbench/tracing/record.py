@@ -205,10 +205,12 @@ class Record:
         return torch.stack([value for tick in self.ticks if (value := tick[name]) is not None])
 
     def _of_output(self, name: str) -> Any:
-        if isinstance(self.output, dict) and name in self.output:
-            return self.output[name]
-        if isinstance(self.output, Sequence) and name == "images":
-            return self.output[0]
-        raise UnknownNameError(
-            f"The pipeline returned no {name}.{nearest(name, list(self.output or []))} See record.output."
-        )
+        # A modular pipeline returns its state, or just the list that `output="images"` asks for.
+        state = getattr(self.output, "values", None)
+        output = state if isinstance(state, dict) else self.output
+        if isinstance(output, dict) and name in output:
+            return output[name]
+        if isinstance(output, Sequence) and name == "images":
+            return output[0] if isinstance(output, tuple) else output
+        known = [str(key) for key in output] if isinstance(output, dict) else []
+        raise UnknownNameError(f"The pipeline returned no {name}.{nearest(name, known)} See record.output.")
