@@ -92,8 +92,19 @@ def test_a_replacement_must_fit_and_both_are_printed():
         check_fit(A, torch.ones(3, 2), site="x")
     with pytest.raises(ShapeError, match=r"float32; the replacement is \(2, 3\) float16"):
         check_fit(A, torch.ones(2, 3, dtype=torch.float16), site="x")
-    with pytest.raises(ShapeError, match="cannot be replaced by float"):
+    with pytest.raises(ShapeError, match=r"x is \(2, 3\) float32; the replacement is float\."):
         check_fit(A, 0.0, site="x")
+
+
+def test_a_structure_is_replaced_by_one_alike():
+    check_fit((A, None), (A + 1, None), site="x")
+    check_fit((A, None), A, site="x")
+    with pytest.raises(ShapeError, match=r"x is tuple of \[0\] \(2, 3\).*is tuple of \[0\] \(3, 2\)"):
+        check_fit((A, B), (A.T, B), site="x")
+    with pytest.raises(ShapeError, match=r"the replacement is tuple of \[0\] \(2, 3\) float32\. They"):
+        check_fit((A, B), (A,), site="x")
+    with pytest.raises(ShapeError, match="holds 2 tensors"):
+        check_fit((A, B), A, site="x")
 
 
 def test_values_are_described_by_shape_and_dtype():

@@ -1,6 +1,7 @@
 """The ``with`` block: ordinary Python between a pipeline's steps."""
 
 import contextvars
+import copy
 import gc
 import threading
 import weakref
@@ -274,13 +275,29 @@ def test_a_value_that_has_passed_cannot_be_read(model, loop):
             model.unet.mid_block.output.clone()
             model.unet.conv_in.output.clone()
 
-    with pytest.raises(OutOfOrderError, match=r"unet\.conv_in did not pass again"), generate(model) as run:
+    said = (
+        r"unet\.conv_in did not pass again in step \d, call \d after unet\.mid_block, which was read before "
+        r"it; the run is at .*read it before what comes after it, or in the next step"
+    )
+    with pytest.raises(OutOfOrderError, match=said), generate(model) as run:
         read_back(run)
 
 
 def test_a_module_that_is_never_called_is_never_reached(model):
-    with pytest.raises(OutOfOrderError, match=r"vae\.encoder was never reached"), generate(model):
+    said = r"vae\.encoder was never reached; the run is at its end\. Such a run does not call it"
+    with pytest.raises(OutOfOrderError, match=said), generate(model):
         model.vae.encoder.output.clone()
+
+
+@pytest.mark.parametrize("loop", [True, False])
+def test_a_list_of_modules_is_never_called_and_names_its_children(model, loop):
+    def read(run):
+        for _ in run.steps[:1] if loop else [0]:
+            model.unet.down_blocks.output.clone()
+
+    said = r"unet\.down_blocks .*A ModuleList is not called itself; ask for what is in it: 0, 1\."
+    with pytest.raises(OutOfOrderError, match=said), generate(model) as run:
+        read(run)
 
 
 def test_after_its_end_the_run_has_nothing_more_to_read(model):
@@ -288,7 +305,9 @@ def test_after_its_end_the_run_has_nothing_more_to_read(model):
         model.vae.decoder.output.clone()
         with pytest.raises(OutOfOrderError, match="never reached; the run is at its end"):
             model.unet.mid_block.output.clone()
-        with pytest.raises(TraceError, match="has ended"):
+        with pytest.raises(
+            TraceError, match=r"unet\.conv_in passes no more: the run has ended by itself, after 4"
+        ):
             model.unet.conv_in.output.clone()
 
 
@@ -315,6 +334,131 @@ def test_an_unknown_module_in_a_block_names_the_nearest(model):
         generate(model).__class__ and model.unet.midblock.clone()
     with pytest.raises(UnknownNameError, match=r"Only the ports input, inputs, output"), generate(model):
         model.unet.mid_block.outputs = 0
+
+
+def test_a_run_that_broke_off_says_by_what(model):
+    def broken(*_):
+        raise ArithmeticError("a broken block")
+
+    def read_on():
+        with generate(model):
+            with pytest.raises(ArithmeticError):
+                model.unet.output  # noqa: B018
+            model.vae.decoder.output.clone()
+
+    handle = model.unet.mid_block.module.register_forward_hook(broken)
+    try:
+        with pytest.raises(TraceError, match=r"ended by ArithmeticError \(a broken block\)"):
+            read_on()
+    finally:
+        handle.remove()
+
+
+def test_a_run_that_ends_before_a_step_says_after_how_many(model):
+    def stop(pipeline, step, timestep, kept):
+        pipeline._interrupt = step == 1
+        return kept
+
+    def go_on(run):
+        for _ in run.steps:
+            pass
+
+    case = tiny.CASES["flux"]
+    flux = DiffusionModel(case.build())
+    said = r"The run ended by itself, after 2 steps, before step 2"
+    run = flux.generate(**case.arguments, callback_on_step_end=stop)
+    with pytest.raises(OutOfOrderError, match=said), run:
+        go_on(run)
+
+
+def test_a_structure_is_replaced_by_one_alike_only(model):
+    def replace_by(change):
+        with generate(model):
+            hidden, skips = model.unet.down_blocks[0].output
+            model.unet.down_blocks[0].output = (change(hidden), skips)
+
+    replace_by(lambda hidden: hidden * 2)
+    with pytest.raises(ShapeError, match=r"unet\.down_blocks\.0 is tuple of .*replacement is tuple of"):
+        replace_by(lambda hidden: hidden[:1])
+
+
+# Parts that are replaced
+
+
+def replaced(model):
+    """Replace the pipeline's UNet by another with other weights; return what was there."""
+    old = model.pipeline.unet
+    model.pipeline.unet = copy.deepcopy(old)
+    with torch.no_grad():
+        model.pipeline.unet.conv_out.weight.mul_(2)
+    return old
+
+
+def test_a_part_that_is_replaced_between_runs_is_the_one_that_is_traced():
+    model = DiffusionModel(tiny.sd1())
+    before = model.record(PROMPT, num_inference_steps=2, seed=0, capture=["unet.conv_out"])
+    proxy = model.unet.conv_out
+    old = replaced(model)
+    model.pipeline.unet.train()
+    after = model.record(PROMPT, num_inference_steps=2, seed=0, capture=["unet.conv_out"])
+    assert not model.pipeline.unet.training
+    assert len(after.ledger) == len(before.ledger) == 2
+    assert as_bytes(after["unet.conv_out"]) != as_bytes(before["unet.conv_out"])
+    bare = model.pipeline(PROMPT, num_inference_steps=2, generator=torch.Generator().manual_seed(0))
+    assert after.images[0].tobytes() == bare.images[0].tobytes()
+    with model.generate(PROMPT, num_inference_steps=2, seed=0):
+        assert torch.equal(proxy.output, after["unet.conv_out"][0])
+    assert model.unet.module is model.pipeline.unet
+    assert not old._forward_hooks
+
+
+def test_shapes_are_those_of_the_part_there_is():
+    model = DiffusionModel(tiny.sd1())
+    model.record(PROMPT, num_inference_steps=1)
+    model.shapes = {"unet.of_old": "1"}
+    replaced(model)
+    model.record(PROMPT, num_inference_steps=1)
+    assert "unet.of_old" not in model.shapes
+    assert "unet.conv_out" in model.shapes
+
+
+@pytest.mark.parametrize("part", ["unet", "scheduler", "vae"])
+def test_a_part_that_is_replaced_during_a_run_is_refused(part):
+    model = DiffusionModel(tiny.sd1())
+    old = getattr(model.pipeline, part)
+    new = copy.deepcopy(old)
+    model.pipeline(PROMPT, num_inference_steps=1)
+    before = footprint(model.pipeline)
+
+    def replace_at_step_one(run):
+        for row in run.steps:
+            model.unet.mid_block.output.clone()
+            if row.step == 1:
+                setattr(model.pipeline, part, new)
+
+    said = rf"pipeline\.{part} was replaced \({type(old).__name__} by .*Replace parts between runs"
+    with pytest.raises(TraceError, match=said), generate(model) as run:
+        replace_at_step_one(run)
+
+    class Replacing:
+        def started(self, row):
+            if row.step == 1:
+                setattr(model.pipeline, part, new)
+
+        def ticked(self, tick, latents):
+            pass
+
+    setattr(model.pipeline, part, old)
+    with pytest.raises(TraceError, match=said):
+        model.record(PROMPT, num_inference_steps=3, listener=Replacing())
+    setattr(model.pipeline, part, old)
+    assert footprint(model.pipeline) == before
+    asked = generate(model)
+    setattr(model.pipeline, part, new)
+    with pytest.raises(TraceError, match=said), asked:
+        pass
+    with generate(model, num_inference_steps=1):
+        pass
 
 
 # Leaving

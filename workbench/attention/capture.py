@@ -22,6 +22,7 @@ from workbench.attention.geometry import Scope, is_attention, scope_of
 from workbench.attention.maps import AttentionMaps
 from workbench.attention.words import Reading, reading, words_of
 from workbench.errors import GuardError, InputError, UnknownNameError, nearest
+from workbench.tracing.guards import check_maps
 from workbench.tracing.ledger import Row
 from workbench.tracing.record import Record
 from workbench.tracing.session import Session
@@ -69,11 +70,10 @@ class Attention:
         for path in self.sites or ():
             if path in run.wordless and path not in layers:
                 raise InputError(f"{path} does not attend to text, so there is no map of words.")
-        if not layers and not run.seen:
+        for path in run.worded - run.seen:
             raise GuardError(
-                "No attention went through scaled_dot_product_attention. Sliced attention and other backends "
-                "(xformers, flash, sage) pass it by: switch off, by pipeline.disable_attention_slicing() or "
-                "set_attention_backend('native')."
+                f"{path} attends to text, but never through scaled_dot_product_attention, where maps are "
+                "taken from. Give it a processor that calls it, such as AttnProcessor2_0."
             )
         length = max((maps.shape[1] for maps in layers.values()), default=0)
         words = words_of(run.readings, length)
@@ -94,12 +94,15 @@ class _Run:
         self.layer_rows: dict[str, list[Row]] = {}
         self.wordless: set[str] = set()
         self.readings: list[Reading] = []
-        self.seen = False
+        self.worded: set[str] = set()
+        self.seen: set[str] = set()
 
     def attach(self) -> None:
         known = modules(self.session.system.denoisers)
         layers = [path for path, module in known.items() if is_attention(module)]
-        for path in self.asked.sites if self.asked.sites is not None else layers:
+        wanted = self.asked.sites if self.asked.sites is not None else layers
+        check_maps(self.session.system.components, wanted, by_name=self.asked.sites is not None)
+        for path in wanted:
             if path not in layers:
                 raise UnknownNameError(f"{path!r} is no attention layer.{nearest(path, layers)}")
             self._watch_layer(path, known[path], known.get(path.rpartition(".")[0]))
@@ -117,7 +120,13 @@ class _Run:
     def keep(self, path: str, row: Row, weights: torch.Tensor) -> None:
         """Keep one layer's weights of one call, ``(tokens, queries)``."""
         self.rows.setdefault(row.call, row)
-        self.layer_rows.setdefault(path, []).append(row)
+        rows = self.layer_rows.setdefault(path, [])
+        if row in rows[-1:]:
+            raise GuardError(
+                f"{path} computes attention twice in call {row.call}, as for an image prompt or perturbed "
+                "guidance, so it has no one map. Leave it out of Attention(sites=…), or switch that off."
+            )
+        rows.append(row)
         self.maps.setdefault(path, []).append(weights.to("cpu", self.asked.dtype))
 
     def _watch_layer(self, path: str, module: nn.Module, block: nn.Module | None) -> None:
@@ -130,6 +139,8 @@ class _Run:
             scope = scope_of(path, kwargs, args, self.outer.get(path, {}))
             scope.mixed = scope.mixed or (joint and scope.text > 0)
             self.stack.append(scope)
+            if scope.text:
+                self.worded.add(path)
 
         def leave(*_: Any) -> None:
             self.stack.pop()
@@ -140,7 +151,7 @@ class _Run:
 
         rig.before(module, enter)
         rig.after(module, leave)
-        for name in ("add_k_proj", "norm_added_k"):
+        for name in ("add_k_proj", "to_added_qkv", "norm_added_k"):
             if isinstance(getattr(module, name, None), nn.Module):
                 rig.after(getattr(module, name), note_text)
 
@@ -176,7 +187,7 @@ class _Intercept(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _look(self, scope: Scope, query: torch.Tensor, key: torch.Tensor, *_: Any, **kwargs: Any) -> None:
-        self.run.seen = True
+        self.run.seen.add(scope.path)
         if not scope.text:
             self.run.wordless.add(scope.path)
             return

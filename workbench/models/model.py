@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -55,9 +56,8 @@ class DiffusionModel:
         self._running: dict[str, object] = {}
         self._trace: Trace | None = None
         self.shapes: dict[str, str] = {}
-        for component in self._pipeline.components.values():
-            if isinstance(component, nn.Module):
-                component.eval()
+        self._parts: dict[str, weakref.ref[nn.Module]] = {}
+        self._take_in_parts()
 
     @property
     def pipeline(self) -> Any:
@@ -202,6 +202,7 @@ class DiffusionModel:
         self, prompt: Any, seed: Seed, arguments: Mapping[str, Any]
     ) -> tuple[RunSpec, dict[str, Any], int | None]:
         """Return the spec, the pipeline's keyword arguments and the number of samples."""
+        self._take_in_parts()
         given = dict(arguments) if prompt is None else {"prompt": prompt, **arguments}
         checks.check(self._pipeline, given)
         prompts, images = checks.count_prompts(given), checks.count_images(given)
@@ -215,6 +216,15 @@ class DiffusionModel:
 
     def _system(self) -> System:
         return System(self.components, self._pipeline)
+
+    def _take_in_parts(self) -> None:
+        """Make modules ready that are new since the last run: somebody may have replaced one."""
+        for name, part in self.components.items():
+            known = self._parts.get(name)
+            if isinstance(part, nn.Module) and (known is None or known() is not part):
+                part.eval()
+                self._parts[name] = weakref.ref(part)
+                self.shapes = {}
 
     def _finish(self, record: Record) -> None:
         record.model = self

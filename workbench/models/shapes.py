@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from workbench.tracing.guards import hookable
 from workbench.tracing.record import Record
 from workbench.tracing.session import Session
 from workbench.tracing.sites import modules
@@ -23,9 +24,11 @@ class Shapes:
 
     @contextmanager
     def watching(self, session: Session) -> Iterator[None]:
-        """Watch every module's first output, then let go of it."""
-        for path, module in modules(session.system.components).items():
-            self._watch(session, path, module)
+        """Watch the first output of every module that is not compiled, then let go of it."""
+        components = session.system.components
+        for path, module in modules(components).items():
+            if hookable(components, path):
+                self._watch(session, path, module)
         yield
 
     def deliver(self, record: Record) -> None:

@@ -81,6 +81,11 @@ class Clock:
             rig.after(step, self._tick_ends, last=True)
 
     @property
+    def rows(self) -> int | None:
+        """How many samples the run makes, if known."""
+        return self._branches.rows
+
+    @property
     def now(self) -> Row | None:
         """The row that what passes now belongs to.
 

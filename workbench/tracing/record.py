@@ -291,11 +291,12 @@ class Record:
         return torch.stack(values)
 
     def _of_output(self, name: str) -> Any:
-        # A pipeline of blocks returns their state, whose values are a dict.
-        output = self.output if isinstance(self.output, dict) else getattr(self.output, "values", None)
+        # A modular pipeline returns its state, or just the list that `output="images"` asks for.
+        state = getattr(self.output, "values", None)
+        output = state if isinstance(state, dict) else self.output
         if isinstance(output, dict) and name in output:
             return output[name]
-        if isinstance(self.output, Sequence) and name == "images":
-            return self.output[0] if isinstance(self.output, tuple) else self.output
-        known = list(output) if isinstance(output, dict) else []
+        if isinstance(output, Sequence) and name == "images":
+            return output[0] if isinstance(output, tuple) else output
+        known = [str(key) for key in output] if isinstance(output, dict) else []
         raise UnknownNameError(f"The pipeline returned no {name}.{nearest(name, known)} See record.output.")

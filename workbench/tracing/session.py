@@ -10,7 +10,7 @@ import torch
 
 from workbench.errors import RunStopped
 from workbench.tracing.clock import Clock, Tick
-from workbench.tracing.guards import check
+from workbench.tracing.guards import check, check_denoisers
 from workbench.tracing.ledger import Row
 from workbench.tracing.ports import hook_port
 from workbench.tracing.record import Passage, Record, RunSpec
@@ -120,6 +120,7 @@ class Session:
                     for probe in self.probes:
                         stack.enter_context(probe.watching(self))
                     self.record.output = self.system.call(**self.arguments)
+                self.system.check_unchanged()
             except RunStopped as stopped:
                 stopped.record = self.record
                 raise
@@ -136,10 +137,13 @@ class Session:
         return self.replay is not None and row is not None and self.replay.covers(row)
 
     def _install(self) -> None:
+        self.system.check_unchanged()
         places = {site: resolve(self.system.components, site.path) for site in self._places()}
         check(self.system.components, places)
+        check_denoisers(self.system.denoisers, forking=self.replay is not None)
         self.record.rng_state = torch.get_rng_state()
         self.record.captured = {str(site): [] for site in self.capture}
+        self.clock.started.append(lambda _: self.system.check_unchanged())
         self.clock.finished.append(self._finish)
         self.clock.ticked.append(self._tick)
         self.clock.attach(self.rig)
@@ -194,6 +198,7 @@ class Session:
         self.record.calls.append(keep(output))
 
     def _tick(self, tick: Tick, latents: torch.Tensor) -> None:
+        self.system.check_unchanged()
         if self.record.initial is None:
             self.record.initial = keep_tensor(tick.before)
         self.record.ticks.append(

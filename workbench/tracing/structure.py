@@ -93,18 +93,19 @@ def put(value: Any, leaf: Leaf, new: Any, *, site: str) -> Any:
 
 
 def check_fit(old: Any, new: Any, *, site: str) -> None:
-    """Refuse a replacement whose shape or dtype differs from what it replaces.
+    """Refuse a replacement whose tensors differ in place, shape or dtype from those they replace.
+
+    A tensor may stand for a structure that holds just one.
 
     Raises:
         ShapeError: both shapes and dtypes are printed.
     """
-    if not isinstance(old, torch.Tensor):
-        return
-    if not isinstance(new, torch.Tensor):
-        raise ShapeError(f"{site} is a tensor {describe(old)}; it cannot be replaced by {type(new).__name__}")
-    if old.shape != new.shape or old.dtype != new.dtype:
+    if isinstance(new, torch.Tensor):
+        old = pick(old, (), site=site)
+    if _forms(old) != _forms(new):
         raise ShapeError(
-            f"{site} is {describe(old)}; the replacement is {describe(new)}. They must be alike."
+            f"{site} is {describe(old)}; the replacement is {describe(new)}. They must be alike in shape and "
+            "dtype: new.expand_as(old).to(old.dtype)."
         )
 
 
@@ -114,6 +115,10 @@ def describe(value: Any) -> str:
         return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
     found = [f"{spell(leaf)} {describe(tensor)}" for leaf, tensor in leaves(value)]
     return f"{type(value).__name__} of " + ", ".join(found) if found else type(value).__name__
+
+
+def _forms(value: Any) -> dict[Leaf, tuple[torch.Size, torch.dtype]]:
+    return {leaf: (tensor.shape, tensor.dtype) for leaf, tensor in leaves(value)}
 
 
 def _descend(value: Any, leaf: Leaf, site: str) -> Any:

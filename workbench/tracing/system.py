@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from workbench.errors import TraceError
+
 _TIME_ARGUMENTS = {"timestep", "timesteps", "t", "r", "time_step", "timestep_ratio"}
 _NOT_DENOISERS = ("ControlNet", "Autoencoder", "Adapter", "TextModel", "Safety")
 
@@ -32,6 +34,20 @@ class System:
         """The modules that are called with a timestep: UNets and transformers, one or more."""
         return {name: part for name, part in self.components.items() if is_denoiser(part)}
 
+    def check_unchanged(self) -> None:
+        """Refuse to go on with parts that the pipeline no longer has: nobody watches those it has now.
+
+        Raises:
+            TraceError: with the part and how to exchange it.
+        """
+        for name, part in self.components.items():
+            now = getattr(self.call, name, part)
+            if now is not part and (isinstance(part, nn.Module) or name in self.schedulers):
+                raise TraceError(
+                    f"pipeline.{name} was replaced ({type(part).__name__} by {type(now).__name__}) after "
+                    "this run had been asked for. Replace parts between runs: the next takes what is there."
+                )
+
     @cached_property
     def schedulers(self) -> dict[str, Any]:
         """The components that step latents along a list of timesteps."""
@@ -44,15 +60,21 @@ class System:
 
 def is_denoiser(part: Any) -> bool:
     """Whether a component predicts noise, velocity or a sample at a timestep."""
-    if not isinstance(part, nn.Module) or any(word in type(part).__name__ for word in _NOT_DENOISERS):
+    kind = _kind(part)
+    if not isinstance(part, nn.Module) or any(word in kind.__name__ for word in _NOT_DENOISERS):
         return False
-    forward = getattr(type(part), "forward", None)
+    forward = getattr(kind, "forward", None)
     return forward is not None and bool(_TIME_ARGUMENTS & set(inspect.signature(forward).parameters))
+
+
+def _kind(part: Any) -> Any:
+    """Return a component's class; ``torch.compile(module)`` wraps it in one of its own."""
+    return type(getattr(part, "_orig_mod", part))
 
 
 def told_time(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
     """Return the time a denoiser is called with, in its own unit; of the first row where each has one."""
-    names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
+    names = list(inspect.signature(_kind(denoiser).forward).parameters)[1:]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     return next((as_number(given[name]) for name in names if name in _TIME_ARGUMENTS & set(given)), 0.0)
 

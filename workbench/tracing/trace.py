@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import count, pairwise
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 import greenlet
 from torch import nn
@@ -65,11 +65,11 @@ class Trace:
         self._wanted: Site | None = None
         self._catch: Callable[[Row], bool] | None = None
         self._done = False
+        self._ending = "by itself"
         self._open_paths: set[str] = set()
         self._targets: dict[Site, Target] = {}
         self._stand_ins: dict[str, list[Any]] = {}
         self._stopped = False
-        self._checked: set[tuple[str, bool]] = set()
 
     def __enter__(self) -> Self:
         if self._coroutine is not None:
@@ -220,7 +220,7 @@ class Trace:
 
         The record then has no output, and its ledger ends with the call that was under way.
         """
-        self._stopped = True
+        self._stopped, self._ending = True, "by run.stop()"
         self._end()
         self._pause = None
 
@@ -249,7 +249,7 @@ class Trace:
         self._catch = None
         if self._pause is None or self._pause.row is None:
             raise OutOfOrderError(
-                f"The run ended after {self.record.ledger.steps} steps, before step {step}."
+                f"The run ended {self._ending}, after {self.record.ledger.steps} steps, before step {step}."
             )
         self._step = step
         return self._pause.row
@@ -304,21 +304,13 @@ class Trace:
             within, self._within, self._wanted = self._within, None, None
             self._session.rig.drop(hook)
         if self._pause is None or self._pause.place != place:
-            bound = self._step is not None or within is not None
-            passed = f"did not pass again in {self._where(within)}" if bound else "was never reached"
-            raise OutOfOrderError(
-                f"{place} {passed}; the run is at {self._spot()}. Values can be read in the order the model "
-                "computes them, once each call."
-            )
+            raise OutOfOrderError(self._missed(place, target, within))
 
     def _target_at(self, place: Site) -> Target:
         if place not in self._targets:
             components = self._session.system.components
             target = resolve(components, place.path)
-            kind = (_component(place), place.path == _component(place))
-            if kind not in self._checked:
-                check(components, {place: target})
-                self._checked.add(kind)
+            check(components, [place])
             self._targets[place] = target
         return self._targets[place]
 
@@ -395,10 +387,18 @@ class Trace:
         """In the block: let the pipeline go on until it waits or ends."""
         coroutine = self._coroutine
         if coroutine is None or self._done:
-            raise TraceError("The run has ended. Read values inside the with block, before it is over.")
+            asked = f"{self._wanted} passes no more: the run has" if self._wanted else "The run has"
+            raise TraceError(
+                f"{asked} ended {self._ending}, after {self.record.ledger.steps} steps. Ask for a value "
+                "before those that come after it, inside the with block."
+            )
+        self._session.system.check_unchanged()
         self._pause = None
         try:
             self._cross(coroutine.switch)
+        except BaseException as error:
+            self._ending = f"by {type(error).__name__} ({error})"
+            raise
         finally:
             self._done = coroutine.dead
 
@@ -430,6 +430,26 @@ class Trace:
             self._seen.clear()
             self._seen_in = self._pause.row
 
+    def _missed(self, place: Site, target: Target, within: Row | None) -> str:
+        """Say that a value was waited for and did not come, after what, and what can be done."""
+        read_before = f" after {list(self._seen)[-1]}, which was read before it" if self._seen else ""
+        if _is_list(target):
+            inner = ", ".join(list(target._modules)[:4])
+            advice = f"A {type(target).__name__} is not called itself; ask for what is in it: {inner}."
+        elif self._pause is None:
+            advice = "Such a run does not call it, or had called it before what was read first."
+        else:
+            advice = (
+                "Values can be read in the order the model computes them, once each call: read it before "
+                "what comes after it, or in the next step."
+            )
+        if self._step is not None or within is not None:
+            return (
+                f"{place} did not pass again in {self._where(within)}{read_before}; the run is at "
+                f"{self._spot()}. {advice}"
+            )
+        return f"{place} was never reached; the run is at {self._spot()}{read_before}. {advice}"
+
     def _where(self, row: Row | None) -> str:
         if row is not None:
             return f"step {row.step}, call {row.call}"
@@ -456,6 +476,12 @@ def _leaf_of(site: Site, value: Any) -> Leaf:
         return site.leaf
     args, kwargs = value
     return (0, 0, *site.leaf) if args else (1, next(iter(kwargs)), *site.leaf)
+
+
+def _is_list(target: Target) -> TypeGuard[nn.Module]:
+    """Whether a target only holds modules and is not called itself."""
+    plain = isinstance(target, nn.Module) and type(target).forward is nn.Module.forward
+    return plain and "forward" not in vars(target)
 
 
 def _nothing(*_: Any) -> None:

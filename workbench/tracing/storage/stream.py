@@ -219,7 +219,7 @@ class Stream:
 
 def _run_of(session: Session) -> Run:
     """Return what a run was asked for, a prompt and a seed for each of its samples."""
-    spec, samples = session.record.spec, session.clock.nows or 1
+    spec, samples = session.record.spec, session.clock.rows or 1
     prompt, generator = spec.arguments.get("prompt"), session.arguments.get("generator")
     prompts = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
     generators = generator if isinstance(generator, list) else [generator]
