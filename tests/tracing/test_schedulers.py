@@ -11,6 +11,9 @@ from tests.watching import as_bytes, clocks_of
 from workbench.models.model import DiffusionModel
 from workbench.tracing.rig import Owned
 
+# torchsde remarks on rounding of the times it is asked for.
+pytestmark = pytest.mark.filterwarnings("ignore:Should have t[ab]:UserWarning")
+
 STEPS = 10
 
 CALLS = {
