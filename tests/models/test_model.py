@@ -138,7 +138,7 @@ def test_an_unknown_child_names_the_nearest(model):
         model.unet.up_block.clone()
     with pytest.raises(UnknownNameError, match=r"unet\.down_blocks has no child 7.*'0', '1'"):
         model.unet.down_blocks[7].clone()
-    with pytest.raises(UnknownNameError, match=r"no module 'unet\.midblock'.*'unet\.mid_block'"):
+    with pytest.raises(UnknownNameError, match=r"no module or method 'unet\.midblock'.*'unet\.mid_block'"):
         model.site("unet.midblock")
 
 
