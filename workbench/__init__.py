@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from workbench.experiments.experiment import Experiment as Experiment
     from workbench.interventions.attach import Attach as Attach
     from workbench.interventions.patch import Patch as Patch
+    from workbench.models.diffuser import Diffuser as Diffuser
     from workbench.models.model import DiffusionModel as DiffusionModel
     from workbench.tracing.capture import Capture as Capture
     from workbench.tracing.record import Record as Record
@@ -33,6 +34,7 @@ _HOMES = {
     "Attention": "workbench.attention.capture",
     "Capture": "workbench.tracing.capture",
     "Experiment": "workbench.experiments.experiment",
+    "Diffuser": "workbench.models.diffuser",
     "DiffusionModel": "workbench.models.model",
     "Patch": "workbench.interventions.patch",
     "Record": "workbench.tracing.record",
@@ -51,6 +53,7 @@ __all__ = [
     "Attach",
     "Attention",
     "Capture",
+    "Diffuser",
     "DiffusionModel",
     "Experiment",
     "Patch",

@@ -144,7 +144,7 @@ def test_an_unknown_child_names_the_nearest(model):
 
 def test_an_unknown_site_stops_before_the_run(model):
     before = footprint(model.pipeline)
-    with pytest.raises(UnknownNameError, match=r"no module 'unet\.mid_blok'.*'unet\.mid_block'"):
+    with pytest.raises(UnknownNameError, match=r"no module or method 'unet\.mid_blok'.*'unet\.mid_block'"):
         model.record(PROMPT, num_inference_steps=1, capture=["unet.mid_blok"])
     with pytest.raises(UnknownNameError, match="No port 'ouput'"):
         model.record(PROMPT, num_inference_steps=1, capture=["unet.mid_block:ouput"])

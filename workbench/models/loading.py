@@ -12,12 +12,13 @@ from workbench.errors import InputError, LoadError, UnknownNameError, nearest
 from workbench.models.quiet import quiet_load
 
 
-def load(reference: Any, **options: Any) -> tuple[Any, str]:
+def load(reference: Any, *, automodel: Any = None, **options: Any) -> tuple[Any, str]:
     """Open a diffusion pipeline.
 
     Args:
         reference: a zoo name (``shapes-unet``), a folder, a Hub id (``owner/name``), or a live
             ``DiffusionPipeline``, which is used as it is.
+        automodel: the class to open it with, or its name in diffusers; None is ``DiffusionPipeline``.
         **options: passed to ``DiffusionPipeline.from_pretrained`` by name.
 
     Returns:
@@ -31,7 +32,7 @@ def load(reference: Any, **options: Any) -> tuple[Any, str]:
     if isinstance(reference, (str, Path)):
         folder = locate(str(reference))
         with quiet_load() if reference in zoo.models() else nullcontext():
-            return _from_pretrained(folder, options), str(reference)
+            return _from_pretrained(pipeline_class(automodel), folder, options), str(reference)
     if callable(reference) and hasattr(reference, "components"):
         if options:
             raise InputError(f"A live pipeline is used as it is; {', '.join(options)} cannot change it.")
@@ -74,10 +75,36 @@ def _check_folder(path: Path) -> None:
         raise LoadError(f"{index} names no pipeline class (_class_name).")
 
 
-def _from_pretrained(folder: str, options: dict[str, Any]) -> Any:
-    from diffusers import DiffusionPipeline
+def pipeline_class(automodel: Any) -> Any:
+    """Return the class that opens a pipeline.
 
+    Args:
+        automodel: a class with ``from_pretrained``, its name in diffusers, or None for
+            ``DiffusionPipeline``, which opens a folder as the class that it names.
+
+    Raises:
+        UnknownNameError: diffusers has no such class.
+        InputError: something that cannot open a pipeline.
+    """
+    import diffusers
+
+    if automodel is None:
+        return diffusers.DiffusionPipeline
+    found = automodel
+    if isinstance(automodel, str):
+        found = getattr(diffusers, automodel, None) if automodel in dir(diffusers) else None
+        if found is None:
+            known = [name for name in dir(diffusers) if "Pipeline" in name]
+            raise UnknownNameError(f"diffusers has no pipeline {automodel!r}.{nearest(automodel, known)}")
+    if not isinstance(found, type) or not hasattr(found, "from_pretrained"):
+        raise InputError(
+            f"automodel={automodel!r} opens no pipeline. Give a pipeline class of diffusers, or its name."
+        )
+    return found
+
+
+def _from_pretrained(kind: Any, folder: str, options: dict[str, Any]) -> Any:
     try:
-        return DiffusionPipeline.from_pretrained(folder, **options)
+        return kind.from_pretrained(folder, **options)
     except (OSError, ValueError, AttributeError, TypeError, ImportError, RuntimeError, KeyError) as error:
         raise LoadError(f"{folder} could not be opened as a pipeline: {error}") from error

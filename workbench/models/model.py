@@ -34,7 +34,9 @@ class DiffusionModel:
 
     Args:
         model: a zoo name (``"shapes-unet"``), a folder, a Hub id, or a live ``DiffusionPipeline``.
-        **options: passed to ``DiffusionPipeline.from_pretrained``.
+        automodel: the pipeline class to open it with, or its name in diffusers; None is
+            ``DiffusionPipeline``, which takes the class that the folder names.
+        **options: passed to the class's ``from_pretrained``.
 
     Attributes:
         shapes: what each module returned in the first recorded run, as text by path.
@@ -51,8 +53,8 @@ class DiffusionModel:
         >>> run.images[0]
     """
 
-    def __init__(self, model: Any, **options: Any) -> None:
-        self._pipeline, self._reference = load(model, **options)
+    def __init__(self, model: Any, *, automodel: Any = None, **options: Any) -> None:
+        self._pipeline, self._reference = load(model, automodel=automodel, **options)
         self._running: dict[str, object] = {}
         self._trace: Trace | None = None
         self.shapes: dict[str, str] = {}
@@ -63,6 +65,11 @@ class DiffusionModel:
     def pipeline(self) -> Any:
         """The diffusers pipeline itself."""
         return self._pipeline
+
+    @property
+    def automodel(self) -> type:
+        """The class of the pipeline."""
+        return type(self._pipeline)
 
     @property
     def reference(self) -> str:
