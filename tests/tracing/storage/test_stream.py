@@ -226,12 +226,13 @@ def test_memory_stays_flat_while_the_data_grows(model, tmp_path):
         assert len(kept) == runs
 
     stream(1)
-    few, many = peak(lambda: stream(1)), peak(lambda: stream(5))
-    control = peak(lambda: keep(5))
-    written = sum(path.stat().st_size for path in (tmp_path / "data").glob("*.safetensors")) / 7
+    # Freed memory is used again before the process grows, so the control keeps much more than that.
+    few, many = peak(lambda: stream(1)), peak(lambda: stream(16))
+    control = peak(lambda: keep(16))
+    written = sum(path.stat().st_size for path in (tmp_path / "data").glob("*.safetensors")) / 18
     assert written > 8 << 20
-    assert many - few < 2 * written
-    assert control > 4 * written
+    assert many - few < 3 * written
+    assert control > 9 * written
 
 
 # Reading
