@@ -18,6 +18,7 @@ from workbench.errors import InputError
 from workbench.experiments.experiment import Experiment, Outcome, PatchSpec
 from workbench.experiments.scripts import standalone_code, workbench_code
 from workbench.models.model import DiffusionModel
+from workbench.tracing.sites import Site
 
 REPOSITORY = Path(__file__).parents[2]
 SHORT = """"'\n{x}\\'''\"""#"""
@@ -179,3 +180,22 @@ def test_model_made_in_memory_cannot_be_exported_alone():
     with pytest.raises(InputError, match="save_pretrained"):
         standalone_code(experiment, outcome.source, outcome.target)
     assert "wb.DiffusionModel(pipeline)" in workbench_code(experiment)
+
+
+@pytest.mark.parametrize(
+    "site", ["latents", "unet.mid_block.attentions.0.transformer_blocks.0.attn2:heads", "unet:inputs"]
+)
+def test_a_site_that_plain_hooks_do_not_reach_is_not_exported_alone(site):
+    model = DiffusionModel("shapes-unet")
+    source = model.record("a red circle", num_inference_steps=2, seed=0, capture=[site])
+    target = model.record("a blue circle", num_inference_steps=2, seed=0)
+    experiment = Experiment(
+        model="shapes-unet",
+        source="a red circle",
+        target="a blue circle",
+        num_inference_steps=2,
+        patches=(PatchSpec(site=site, steps=(1,)),),
+    )
+    with pytest.raises(InputError, match="format='workbench'"):
+        standalone_code(experiment, source, target)
+    assert str(Site.parse(site)) in workbench_code(experiment)

@@ -61,7 +61,8 @@ def standalone_code(experiment: Experiment, source: Record, target: Record) -> s
         target: its target's run.
 
     Raises:
-        InputError: the model was built in memory, so a script cannot open it.
+        InputError: the model was built in memory, so a script cannot open it, or a patch is at a site that
+            plain hooks on modules do not reach.
     """
     parts = [_HEAD, _constants(experiment, source, target)]
     parts += [_PATCHED if experiment.patches else _PLAIN]
@@ -119,6 +120,12 @@ def _constants(experiment: Experiment, source: Record, target: Record) -> str:
 
 def _patch_plan(patch: PatchSpec, source: Record, target: Record) -> str:
     site = Site.parse(patch.site)
+    denoisers = {row.component for row in target.ledger}
+    if site.port not in ("output", "input") or site.path.partition(".")[0] not in denoisers:
+        raise InputError(
+            f"A standalone script patches the output or input of a denoiser's module, not {patch.site}. "
+            "Export this one as a script on the workbench: format='workbench'."
+        )
     chosen = (
         range(target.ledger.steps) if patch.steps is None else [s % target.ledger.steps for s in patch.steps]
     )
