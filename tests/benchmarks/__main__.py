@@ -28,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("--model", default=None, help="a zoo name or a folder (default: the zoo's first)")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps a run")
-    parser.add_argument("--rounds", type=int, default=9, help="rounds the medians are of")
+    parser.add_argument("--rounds", type=int, default=30, help="rounds the medians are of")
     parser.add_argument("--write", action="store_true", help=f"also write {README.name}")
     given = parser.parse_args()
     setting = Setting(given.model or zoo.models()[0], given.steps, given.rounds)

@@ -54,11 +54,16 @@ def overhead(setting: Setting) -> dict[str, Callable[[], Any]]:
                 for envoy in called:
                     envoy.output  # noqa: B018 - a read is what is timed
 
+    def cached() -> None:
+        with model.generate(PROMPT, num_inference_steps=steps, seed=0) as tracer:
+            tracer.cache(modules=called).save()
+
     return {
         "nnsight: bare": bare,
         "nnsight: idle trace": idle,
         "nnsight: one site at each step": one,
         "nnsight: every module's output": all_of_them,
+        "nnsight: every module's output, cached": cached,
     }
 
 

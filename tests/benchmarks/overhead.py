@@ -14,6 +14,7 @@ from workbench.tracing.sites import modules
 from workbench.tracing.structure import leaves
 
 SITE = "unet.mid_block"
+CACHE = "nnsight: every module's output, cached"
 
 
 def rows(setting: Setting) -> Iterator[Row]:
@@ -31,7 +32,10 @@ def rows(setting: Setting) -> Iterator[Row]:
         )
     yield Row("one site at each step, kept", ratio(seconds, "one site, kept", "bare"))
     name = f"every module's output, kept ({mebibytes(model, setting):.0f} MiB)"
-    yield Row(name, ratio(seconds, "all sites, kept", "bare"))
+    yield Row(name, ratio(seconds, "all sites, kept", "bare"), beside.ratio(seconds, CACHE, "nnsight: bare"))
+    yield Row("the same, as a multiple of raw hooks", ratio(seconds, "all sites, kept", "raw hooks"))
+    if CACHE in seconds:
+        yield Row("the same, as a multiple of nnsight's cache", ratio(seconds, "all sites, kept", CACHE))
 
 
 def mebibytes(model: DiffusionModel, setting: Setting) -> float:
@@ -73,6 +77,18 @@ def variants(model: DiffusionModel, setting: Setting) -> dict[str, Callable[[], 
                 for proxy in proxies:
                     getattr(proxy, "output")  # noqa: B009 - a read is what is timed
 
+    def raw() -> None:
+        kept: dict[str, list[Any]] = {path: [] for path in called}
+        handles = [
+            pipeline.unet.get_submodule(path.removeprefix("unet.")).register_forward_hook(
+                lambda _module, _args, output, path=path: kept[path].append(copied(output))
+            )
+            for path in called
+        ]
+        bare()
+        for handle in handles:
+            handle.remove()
+
     return {
         "bare": bare,
         "idle trace": idle,
@@ -80,7 +96,17 @@ def variants(model: DiffusionModel, setting: Setting) -> dict[str, Callable[[], 
         "every module's output": all_of_them,
         "one site, kept": lambda: model.record(PROMPT, capture=[SITE], **asked),
         "all sites, kept": lambda: model.record(PROMPT, capture=called, **asked),
+        "raw hooks": raw,
     }
+
+
+def copied(output: Any) -> Any:
+    """Return what a hook written by hand would keep."""
+    if isinstance(output, torch.Tensor):
+        return output.detach().clone()
+    if isinstance(output, dict):
+        return {name: copied(each) for name, each in output.items()}
+    return tuple(copied(each) for each in output)
 
 
 def called_once(pipeline: Any, paths: list[str]) -> list[str]:
