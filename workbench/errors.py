@@ -49,7 +49,13 @@ class TraceError(WorkbenchError):
 
 
 class OutOfOrderError(TraceError):
-    """A value asked for after it had passed, or that the run never reached."""
+    """A value asked for after it had passed, or that the run never reached.
+
+    Attributes:
+        record: the run, where it came to its end all the same; else None.
+    """
+
+    record: Any = None
 
 
 class ShapeError(TraceError, ValueError):

@@ -4,7 +4,7 @@ from torch import nn
 
 from tests import tiny
 from tests.watching import as_bytes
-from workbench.errors import InputError, ShapeError
+from workbench.errors import InputError, OutOfOrderError, ShapeError
 from workbench.interventions.attach import Attach
 from workbench.models.model import DiffusionModel
 
@@ -47,3 +47,10 @@ def test_what_does_not_fit_is_refused(model):
         model.record(**RUN, interventions=[Attach("unet.mid_block", module=lambda value: value[:, :1])])
     with pytest.raises(InputError, match="cannot be called"):
         Attach("unet.mid_block", module=torch.ones(1))
+
+
+def test_a_change_at_what_is_never_called_is_refused_and_the_run_is_kept():
+    model = DiffusionModel(tiny.sd1())
+    with pytest.raises(OutOfOrderError, match=r"vae\.encoder was not called") as caught:
+        model.record(**tiny.WORDED, seed=0, interventions=[Attach("vae.encoder", module=lambda value: None)])
+    assert len(caught.value.record.images) == 1

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import torch
 
@@ -21,17 +23,23 @@ class Intervention(ABC):
         site: where, spelled ``unet.mid_block`` or ``unet.mid_block:input``.
         steps: which steps; None is every step. Negative ones count from the end.
         branch: which guidance branch; ``"all"`` is every row of the call.
+        samples: which samples of the batch, as the images are numbered: the first prompt with all its
+            images, then the next; negative ones count from the end. None is every sample. The others'
+            values stay as they are, to the bit.
     """
 
     site: str
     steps: Steps = None
     branch: str = ALL
+    samples: int | Iterable[int] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         Site.parse(self.site)
         object.__setattr__(self, "steps", normal(self.steps))
         if not isinstance(self.branch, str) or not self.branch:
             raise InputError(f"branch={self.branch!r} is not a branch. Give 'all', 'cond' or 'uncond'.")
+        if self.samples is not None:
+            object.__setattr__(self, "samples", _numbers(self.samples))
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -48,9 +56,26 @@ class Intervention(ABC):
         changed = value.clone()
         for branch, rows in parts:
             # Written into a clone, so that strides, and with them the kernels downstream, stay the same.
-            changed[rows] = self.new_value(site, changed[rows], row, branch)
+            part = changed[rows]
+            if self.samples is None:
+                changed[rows] = self.new_value(site, part, row, branch)
+            else:
+                chosen = row.rows_of(self.samples, len(part))  # type: ignore[arg-type]
+                part[chosen] = self.new_value(site, part[chosen], row, branch)
         return changed
 
     @abstractmethod
     def new_value(self, site: Site, value: torch.Tensor, row: Row, branch: str) -> torch.Tensor:
         """Return the new value of one branch's rows, ``(rows, ...)``."""
+
+
+def _numbers(samples: int | Iterable[int]) -> tuple[int, ...]:
+    try:
+        chosen = tuple(
+            operator.index(each) for each in (samples if isinstance(samples, Iterable) else (samples,))
+        )
+    except TypeError:
+        raise InputError(f"samples={samples!r} does not number samples. Give 0, a range or a list.") from None
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise InputError(f"samples={samples!r} is empty or names one twice. Leave it out for every sample.")
+    return chosen

@@ -21,6 +21,9 @@ from workbench.tracing.structure import describe
 class Patch(Intervention):
     """Put the source run's activation in place of this run's, step by step.
 
+    A source of one sample goes into each chosen sample of this run; a source of as many samples as this
+    run gives each its own.
+
     Attributes:
         source: the run the activations come from; it must have captured the site.
     """
@@ -47,13 +50,23 @@ class Patch(Intervention):
     def new_value(self, site: Site, value: torch.Tensor, row: Row, branch: str) -> torch.Tensor:
         """Return the source's activation at the same step and branch, ``(rows, ...)``."""
         nth = self._nth(row, branch)
-        found = self.source.at(site, step=row.step, branch=branch, nth=nth)
-        if found.shape[1:] != value.shape[1:] or found.shape[0] not in (1, value.shape[0]):
+        found = self._for_samples(self.source.at(site, step=row.step, branch=branch, nth=nth), value, row)
+        if found.shape != value.shape:
             raise ShapeError(
                 f"At {site}, step {row.step}, the source has {describe(found)} and the target "
                 f"{describe(value)}. Run both at the same size and number of samples."
             )
         return found.to(value.device, value.dtype)
+
+    def _for_samples(self, found: torch.Tensor, value: torch.Tensor, row: Row) -> torch.Tensor:
+        """Return what the source has for the rows of ``value``."""
+        made = self.source.ledger[0].samples
+        if self.samples is not None and made == row.samples:
+            return found[row.rows_of(self.samples, len(found))]  # type: ignore[arg-type]
+        alone = made == 1 or len(found) == 1
+        if alone and len(value) % len(found) == 0:
+            return found.repeat(len(value) // len(found), *[1] * (found.ndim - 1))
+        return found
 
     def _nth(self, row: Row, branch: str) -> int:
         """Return which call of its step and branch ``row`` is, by its place among the step's ticks."""

@@ -102,6 +102,10 @@ class Clock:
         """How many steps the run will have; None until the scheduler of its last stage has been told."""
         return self._stages.total
 
+    def step_of(self, tick: int) -> int:
+        """Return the step that a tick of the present stage belongs to."""
+        return self._stages.step_of(tick)
+
     def _entering(self, component: str) -> Callable[..., None]:
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             scheduler = self._stages.scheduler
@@ -118,6 +122,7 @@ class Clock:
                 sigma=None if scheduler is None else prediction.sigma(scheduler, timestep),
                 branches=self._branches.of(component, args, kwargs, earlier),
                 component=component,
+                samples=self._branches.rows,
             )
             self.ledger.add(row)
             self.row = row

@@ -29,6 +29,7 @@ class Row(BaseModel):
         sigma: noise level there, in the scheduler's own convention; None where it has none.
         branches: the guidance branches this call computes, in the order of its batch rows.
         component: the denoiser's name in the pipeline.
+        samples: how many samples the run makes, prompts times images; None if that is not known.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -40,6 +41,12 @@ class Row(BaseModel):
     sigma: float | None
     branches: tuple[str, ...]
     component: str
+    samples: int | None = None
+
+    @property
+    def index(self) -> int:
+        """The step, under the name it has in ``for step in run.steps``."""
+        return self.step
 
     @property
     def branch(self) -> str:
@@ -76,6 +83,29 @@ class Row(BaseModel):
         width = size // len(self.branches)
         index = self.branches.index(branch)
         return slice(index * width, (index + 1) * width)
+
+    def rows_of(self, samples: Sequence[int], size: int) -> list[int]:
+        """Return which of one branch's ``size`` rows belong to some samples, in the order of ``samples``.
+
+        A sample's heads or frames, where they are folded into the batch, stand together.
+
+        Raises:
+            InputError: the run has no such sample, or its rows do not divide into samples.
+        """
+        count = self.samples
+        if count is None or size % count:
+            raise InputError(
+                f"{size} rows do not divide into the {count or 'unknown number of'} samples of this run, so "
+                f"samples={list(samples)} cannot be told apart here. Leave samples out."
+            )
+        for sample in samples:
+            if not -count <= sample < count:
+                raise InputError(
+                    f"The run makes {count} samples (0 to {count - 1}: each prompt with all its images); "
+                    f"{sample} is none of them."
+                )
+        width = size // count
+        return [sample % count * width + row for sample in samples for row in range(width)]
 
 
 class Ledger(Sequence[Row]):
