@@ -7,26 +7,37 @@ from typing import Any
 
 import torch
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.utils import _python_dispatch as dispatch
 
 
-def _modes() -> list[Any]:
+def _function_modes() -> list[Any]:
     return list(_get_current_function_mode_stack())  # type: ignore[no-untyped-call]
+
+
+def _dispatch_modes() -> list[Any]:
+    return list(dispatch._get_current_dispatch_mode_stack())
 
 
 @dataclass
 class Ambient:
-    """Grad mode, CPU autocast and the stack of torch function modes of one side."""
+    """Grad mode, CPU autocast and the stacks of torch function and dispatch modes of one side."""
 
     grad: bool = field(default_factory=torch.is_grad_enabled)
     autocast: bool = field(default_factory=lambda: torch.is_autocast_enabled("cpu"))
-    modes: list[Any] = field(default_factory=_modes)
+    function_modes: list[Any] = field(default_factory=_function_modes)
+    dispatch_modes: list[Any] = field(default_factory=_dispatch_modes)
 
     def restore(self) -> None:
         """Make this the thread's state."""
         torch.set_grad_enabled(self.grad)
         torch.set_autocast_enabled("cpu", self.autocast)
-        if _modes() != self.modes:
-            for _ in _modes():
+        if _dispatch_modes() != self.dispatch_modes:
+            for mode in reversed(_dispatch_modes()):
+                dispatch._pop_mode(getattr(mode, "_mode_key", None))
+            for mode in self.dispatch_modes:
+                dispatch._push_mode(mode)
+        if _function_modes() != self.function_modes:
+            for _ in _function_modes():
                 _pop_mode()  # type: ignore[no-untyped-call]
-            for mode in self.modes:
+            for mode in self.function_modes:
                 _push_mode(mode)  # type: ignore[no-untyped-call]

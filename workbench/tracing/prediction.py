@@ -7,10 +7,11 @@ al. 2022, arXiv:2206.00364), flow matching (Lipman et al. 2022, arXiv:2210.02747
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
+
+from workbench.tracing.system import parameters
 
 
 def kind(scheduler: Any) -> str:
@@ -78,7 +79,7 @@ def clean(
     if model_output.shape != sample.shape:
         return None
     signal, noise = scale
-    x, out = sample.detach().float(), model_output.detach().float()
+    x, out = sample.float(), model_output.float()
     if hasattr(scheduler, "precondition_outputs"):
         # Karras et al. 2022, eq. 7: what the network predicts is scaled by its noise level.
         preconditioned: torch.Tensor = scheduler.precondition_outputs(x, out, sigma(scheduler, timestep))
@@ -113,7 +114,7 @@ def _clip(scheduler: Any) -> float | None:
 
     A configuration may hold another scheduler's ``clip_sample``, which this one ignores.
     """
-    clips = "clip_sample" in inspect.signature(type(scheduler).__init__).parameters
+    clips = "clip_sample" in parameters(type(scheduler).__init__)
     if not clips or not scheduler.config.get("clip_sample"):
         return None
     return float(scheduler.config.get("clip_sample_range", 1.0))

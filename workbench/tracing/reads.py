@@ -13,7 +13,12 @@ class ReadTensor(torch.Tensor):
     """The tensor that is passing: it shares its storage, so editing it in place takes effect.
 
     Every operation on it returns plain tensors.
+
+    Attributes:
+        source: the tensor itself, as the model has it: the one that derivatives are taken by.
     """
+
+    source: torch.Tensor
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -39,7 +44,9 @@ class ReadTuple(tuple[Any, ...]):
 def read(value: Any) -> Any:
     """Return ``value`` as handed to the user's block."""
     if isinstance(value, torch.Tensor):
-        return value.as_subclass(ReadTensor)
+        seen = value.as_subclass(ReadTensor)
+        seen.source = value
+        return seen
     if type(value) is tuple:
         return ReadTuple(read(item) for item in value)
     if isinstance(value, dict):

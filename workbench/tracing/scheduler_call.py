@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from workbench.tracing.system import as_number
+from workbench.tracing.system import as_number, parameters
 
 _USUAL = ("model_output", "timestep", "sample")
 
@@ -32,8 +31,8 @@ class SchedulerCall:
     @classmethod
     def of(cls, scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SchedulerCall:
         """Return a call of a scheduler by the names its class gives the arguments."""
-        _, *names = inspect.signature(type(scheduler).step).parameters
-        return cls(tuple(names) if set(_USUAL) <= set(names) else _USUAL, args, kwargs)
+        names = parameters(type(scheduler).step)[1:]
+        return cls(names if set(_USUAL) <= set(names) else _USUAL, args, kwargs)
 
     @property
     def model_output(self) -> torch.Tensor:

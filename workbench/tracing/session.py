@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from workbench.errors import RunStopped
+from workbench.errors import OutOfOrderError, RunStopped
 from workbench.tracing.clock import Clock, Tick
 from workbench.tracing.guards import check, check_denoisers
 from workbench.tracing.ledger import Row
@@ -100,6 +100,8 @@ class Session:
         self.takers = [each for each in self.probes if isinstance(each, Taker)]
         self.replay = replay
         self.attached: list[Callable[[Rig], None]] = []
+        self.recomputing = False
+        self._passed: set[Site] = set()
         self.rig = Rig()
         self.clock = Clock(system, rows, arguments.get("prompt"))
         self.record = Record(spec, ledger=self.clock.ledger)
@@ -128,6 +130,7 @@ class Session:
                 self.rig.sweep()
         finally:
             self.rig.sweep()
+        self._check_edited()
         for probe in self.probes:
             probe.deliver(self.record)
         return self.record
@@ -135,6 +138,15 @@ class Session:
     def replaying(self, row: Row | None) -> bool:
         """Whether this call's output is a recorded one."""
         return self.replay is not None and row is not None and self.replay.covers(row)
+
+    @contextmanager
+    def again(self, row: Row | None) -> Iterator[None]:
+        """Compute a call that has passed once more: edits are made as then, and nothing is kept."""
+        now, self.clock.row, self.recomputing = self.clock.row, row, True
+        try:
+            yield
+        finally:
+            self.clock.row, self.recomputing = now, False
 
     def _install(self) -> None:
         self.system.check_unchanged()
@@ -171,10 +183,13 @@ class Session:
         takers = [(site, taker) for taker in self.takers for site in taker.sites if _at(site, place)]
 
         def pass_by(value: Any) -> Any:
+            self._passed.add(place)
             if self.replaying(self.clock.now):
                 return value
             for site, edit in edits:
                 value = self._apply(edit, site, value)
+            if self.recomputing:
+                return value
             for site in captures:
                 self._keep(site, value)
             for site, taker in takers:
@@ -182,6 +197,17 @@ class Session:
             return value
 
         hook_port(self.rig, target, place.port, pass_by)
+
+    def _check_edited(self) -> None:
+        """Refuse a run that an edit was asked for and never reached; a fork may have repeated that part."""
+        for site in (site for edit in self.edits for site in edit.sites):
+            if self.replay is None and Site(site.path, site.port) not in self._passed:
+                error = OutOfOrderError(
+                    f"{site} never passed in this run: {site.path} was not called, so nothing was changed "
+                    "there. The run is on the error: error.record."
+                )
+                error.record = self.record
+                raise error
 
     def _apply(self, edit: Edit, site: Site, value: Any) -> Any:
         old = pick(value, site.leaf, site=str(site))

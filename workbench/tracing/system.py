@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -58,13 +58,19 @@ class System:
         }
 
 
+@lru_cache(maxsize=256)
+def parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the names of a function's parameters; asked at every call of a run, hence remembered."""
+    return tuple(inspect.signature(function).parameters)
+
+
 def is_denoiser(part: Any) -> bool:
     """Whether a component predicts noise, velocity or a sample at a timestep."""
     kind = _kind(part)
     if not isinstance(part, nn.Module) or any(word in kind.__name__ for word in _NOT_DENOISERS):
         return False
     forward = getattr(kind, "forward", None)
-    return forward is not None and bool(_TIME_ARGUMENTS & set(inspect.signature(forward).parameters))
+    return forward is not None and bool(_TIME_ARGUMENTS & set(parameters(forward)))
 
 
 def _kind(part: Any) -> Any:
@@ -74,7 +80,7 @@ def _kind(part: Any) -> Any:
 
 def told_time(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
     """Return the time a denoiser is called with, in its own unit; of the first row where each has one."""
-    names = list(inspect.signature(_kind(denoiser).forward).parameters)[1:]
+    names = parameters(_kind(denoiser).forward)[1:]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     return next((as_number(given[name]) for name in names if name in _TIME_ARGUMENTS & set(given)), 0.0)
 

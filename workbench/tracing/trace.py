@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
-from itertools import count, pairwise
 from types import TracebackType
 from typing import Any, Self, TypeGuard
 
 import greenlet
+import torch
 from torch import nn
 
 from workbench.errors import InputError, OutOfOrderError, TraceError
@@ -18,12 +18,13 @@ from workbench.tracing.ambient import Ambient
 from workbench.tracing.guards import check
 from workbench.tracing.ledger import Row
 from workbench.tracing.ports import hook_port
-from workbench.tracing.reads import plain, read
+from workbench.tracing.reads import ReadTensor, plain, read
 from workbench.tracing.record import Record
 from workbench.tracing.rig import Method, Owned, Rig, Target
 from workbench.tracing.session import Session
 from workbench.tracing.sites import Site, resolve
-from workbench.tracing.structure import Leaf, check_fit, pick, put
+from workbench.tracing.structure import Leaf, check_fit, describe, pick, put
+from workbench.tracing.walk import Steps
 
 
 @dataclass
@@ -81,6 +82,7 @@ class Trace:
             self._coroutine = greenlet.greenlet(self._session.run)
             # A greenlet starts without context variables; the pipeline's output must find the cell's.
             self._coroutine.gr_context = copy_context()
+            self._inside = Ambient()
             return self
         except BaseException:
             self._take_off()
@@ -161,6 +163,21 @@ class Trace:
         while not self._done and (row := self.go_to_next_call()) is not None:
             yield row
 
+    @property
+    def ticks(self) -> Any:
+        """In the block: go from tick to tick, of which a second-order scheduler has two a step.
+
+        Each gives the row of its first call. After the block: what the record has of each tick.
+        """
+        return self.record.ticks if self._done else self._each_tick()
+
+    def _each_tick(self) -> Iterator[Row]:
+        last = None
+        for row in self.calls:
+            if row.tick != last:
+                last = row.tick
+                yield row
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
@@ -214,6 +231,34 @@ class Trace:
         if self._pause is None or self._pause.place != place:
             raise OutOfOrderError(f"{path} is running already; the run is at {self._spot()}. Skip it before.")
         self._stand_ins[path].append(plain(value))
+
+    def gradient(self, number: torch.Tensor, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the derivative of a number with respect to values that were read before it.
+
+        The run must keep its graph: ``model.generate(prompt, graph=range(5, 10))``. `DiffusionModel.gradient`
+        does without holding every step in memory.
+
+        Args:
+            number: a tensor without dimensions, computed from values of the run.
+            *values: values as they were read, or tensors put in their place.
+
+        Raises:
+            InputError: the number has no graph, or a value is not in it.
+        """
+        if not isinstance(number, torch.Tensor) or number.ndim or not number.requires_grad:
+            given = describe(number) if isinstance(number, torch.Tensor) else type(number).__name__
+            raise InputError(
+                f"A derivative is taken of one number that has a graph, not of {given}. Open the run with "
+                "graph=steps, compute the number with torch from what is read there, and reduce it: .mean()."
+            )
+        sources = [each.source if isinstance(each, ReadTensor) else each for each in values]
+        try:
+            return torch.autograd.grad(plain(number), sources, retain_graph=True)
+        except RuntimeError as error:
+            raise InputError(
+                f"The number does not depend on one of the values: {error}. Read them in the steps of "
+                "graph=…, before what the number is made of."
+            ) from None
 
     def stop(self) -> None:
         """End the run here; what has been seen until now stays in the record.
@@ -486,69 +531,3 @@ def _is_list(target: Target) -> TypeGuard[nn.Module]:
 
 def _nothing(*_: Any) -> None:
     """A hook that leaves everything as it is."""
-
-
-class Steps:
-    """``run.steps``: iterate over all, or over what an index, slice or list chooses."""
-
-    def __init__(self, trace: Trace) -> None:
-        self._trace = trace
-
-    def __iter__(self) -> Iterator[Row]:
-        return self._over(slice(None))
-
-    def __getitem__(self, chosen: int | slice | list[int]) -> Iterator[Row]:
-        """Iterate over the chosen steps, in order.
-
-        Raises:
-            InputError: steps that the run does not have, or that run backwards.
-        """
-        return self._over(chosen)
-
-    def _over(self, chosen: int | slice | list[int]) -> Iterator[Row]:
-        total = self._trace.known_steps()
-        if total is None:
-            yield from self._as_they_come(chosen)
-            return
-        wanted = self._numbers(chosen, total)
-        if any(later <= earlier for earlier, later in pairwise(wanted)):
-            raise InputError(f"steps[{chosen}] does not go forward; a run cannot go back. Sort the steps.")
-        for step in wanted:
-            if self._trace.stopped:
-                return
-            yield self._trace.go_to_step(step)
-        self._trace.leave_steps()
-
-    def _as_they_come(self, chosen: int | slice | list[int]) -> Iterator[Row]:
-        """Go on without knowing how many steps there will be: a later stage is still to come."""
-        wanted: Iterable[int]
-        if isinstance(chosen, slice):
-            wanted = count(chosen.start or 0, chosen.step or 1)
-            named = [chosen.start or 0, chosen.stop or 0, chosen.step or 1]
-        else:
-            wanted = named = [chosen] if isinstance(chosen, int) else list(chosen)
-        if min(named, default=0) < 0:
-            raise InputError(
-                f"steps[{chosen}] counts from the end or backwards, and this run does not know its end "
-                "before its last stage. Count from 0; the first stage's steps come first."
-            )
-        for step in wanted:
-            if isinstance(chosen, slice) and chosen.stop is not None and step >= chosen.stop:
-                break
-            try:
-                row = self._trace.go_to_step(step)
-            except OutOfOrderError:
-                if isinstance(chosen, slice) and self._trace.ended:
-                    break
-                raise
-            yield row
-        self._trace.leave_steps()
-
-    def _numbers(self, chosen: int | slice | list[int], total: int) -> list[int]:
-        if isinstance(chosen, slice):
-            return list(range(*chosen.indices(total)))
-        numbers = [chosen] if isinstance(chosen, int) else list(chosen)
-        for number in numbers:
-            if not -total <= number < total:
-                raise InputError(f"The run has {total} steps (0 to {total - 1}); {number} is none of them.")
-        return [number % total for number in numbers]

@@ -1,0 +1,179 @@
+"""The block behaves wherever Python runs it: in a notebook's magics, at a breakpoint, after an interrupt."""
+
+import io
+import pdb
+import sys
+import threading
+
+import pytest
+import torch
+from diffusers import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from IPython.core.interactiveshell import InteractiveShell
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests import tiny
+from tests.watching import as_bytes, footprint
+from workbench.errors import BusyError, InputError
+from workbench.models.model import DiffusionModel
+
+RUN = {**tiny.WORDED, "seed": 0}
+CELL = """\
+with model.generate("a red circle", num_inference_steps=2, seed=0) as run:
+    for step in run.steps:
+        seen.append(model.unet.mid_block.output.save())
+"""
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return tiny.sd1(EulerAncestralDiscreteScheduler)
+
+
+@pytest.fixture
+def model(pipeline):
+    return DiffusionModel(pipeline)
+
+
+@pytest.fixture
+def shell():
+    InteractiveShell.clear_instance()
+    yield InteractiveShell.instance()
+    InteractiveShell.clear_instance()
+
+
+@pytest.mark.parametrize(("magic", "runs"), [("time", 1), ("timeit", 2), ("prun", 1), ("capture", 1)])
+def test_under_a_notebooks_magics(model, shell, magic, runs):
+    shell.user_ns |= {"model": model, "seen": (seen := [])}
+    line = "-n 1 -r 2" if magic == "timeit" else "-q" if magic == "prun" else ""
+    result = shell.run_cell(f"%%{magic} {line}\n{CELL}")
+    assert result.success, result.error_in_exec
+    assert len(seen) == 2 * runs
+    assert len({str(as_bytes(each)) for each in seen}) == 2
+
+
+def test_at_a_breakpoint_values_are_read_and_the_run_goes_on(model, monkeypatch):
+    plain = model.record(**RUN, capture=["unet.mid_block"])
+    out = io.StringIO()
+    typed = "p tuple(model.unet.mid_block.output.shape)\nmodel.unet.mid_block.output[:] *= 2\ncontinue\n"
+    debugger = pdb.Pdb(stdin=io.StringIO(typed), stdout=out, nosigint=True)
+    debugger.use_rawinput = False
+    monkeypatch.setattr(sys, "breakpointhook", lambda: debugger.set_trace(sys._getframe(1)))
+    with model.generate(**RUN, num_images_per_prompt=1) as run:
+        for _ in run.steps[1:2]:
+            breakpoint()
+            after = model.unet.mid_block.output.save()
+    assert str(tuple(plain.at("unet.mid_block", step=1).shape)) in out.getvalue()
+    assert torch.equal(after, 2 * plain.at("unet.mid_block", step=1))
+    assert torch.equal(run.latents[0], plain.latents[0])
+    assert not torch.equal(run.latents[-1], plain.latents[-1])
+
+
+def test_after_an_interrupt_the_model_is_as_before_and_runs_again(model, pipeline):
+    before, whole = footprint(pipeline), model.record(**RUN)
+
+    def interrupted():
+        with model.generate(**RUN) as run:
+            for _ in run.steps[2:3]:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert footprint(pipeline) == before
+    assert as_bytes(model.record(**RUN).latents) == as_bytes(whole.latents)
+
+
+def test_another_thread_is_refused_while_a_block_is_open(model):
+    told = []
+
+    def second():
+        try:
+            model.record(**RUN)
+        except BusyError as error:
+            told.append(str(error))
+
+    with model.generate(**RUN) as run:
+        run.steps[0:1]
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+    assert len(told) == 1
+    assert "already running" in told[0]
+
+
+class Counting(TorchDispatchMode):
+    """Counts the operations that run under it."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_dispatch_mode_of_the_block_does_not_see_the_pipeline(model):
+    whole = model.record(**RUN)
+    with model.generate(**RUN) as run:
+        with Counting() as counting:
+            for _ in run.steps[1:2]:
+                hidden = model.unet.mid_block.output
+            _ = hidden + 1
+        assert counting.count < 10
+    assert as_bytes(run.latents) == as_bytes(whole.latents)
+
+
+def test_noise_drawn_in_the_block_is_the_blocks_own(model):
+    """The pipeline draws from its generator; what the block draws comes from torch's own, and stays so."""
+    torch.manual_seed(3)
+    alone = [torch.randn(2) for _ in range(3)]
+    torch.manual_seed(3)
+    drawn = []
+    with model.generate(**RUN) as run:
+        for _ in run.steps[:3]:
+            drawn.append(torch.randn(2))
+    assert all(torch.equal(*pair) for pair in zip(alone, drawn, strict=True))
+    assert as_bytes(run.latents) == as_bytes(model.record(**RUN).latents)
+
+
+# Steps
+
+
+def test_ticks_are_gone_through_one_by_one():
+    from diffusers import HeunDiscreteScheduler
+
+    model = DiffusionModel(tiny.sd1(HeunDiscreteScheduler))
+    with model.generate(**RUN) as run:
+        seen = [(row.tick, row.index, float(run.latents.sum())) for row in run.ticks]
+    assert [tick for tick, _, _ in seen] == list(range(run.ledger.ticks))
+    assert [step for _, step, _ in seen] == [row.step for row in run.ledger]
+    assert [total for _, _, total in seen] == pytest.approx([float(each.sum()) for each in run.latents])
+    assert len(run.ticks) == run.ledger.ticks == 7
+
+
+def test_ones_own_timesteps_are_the_runs_steps():
+    model = DiffusionModel(tiny.sd1(EulerDiscreteScheduler))
+    record = model.record("a red circle", timesteps=[900, 500, 100], seed=0)
+    assert [(row.step, row.timestep) for row in record.ledger] == [(0, 900.0), (1, 500.0), (2, 100.0)]
+    fork = record.fork(step=1)
+    assert as_bytes(fork.latents) == as_bytes(record.latents)
+    with model.generate("a red circle", timesteps=[900, 500, 100], seed=0) as run:
+        assert [row.timestep for row in run.steps[-2:]] == [500.0, 100.0]
+
+
+def test_ones_own_sigmas_are_the_runs_steps():
+    pipeline = tiny.sd3()
+    assert isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler)
+    arguments = {**tiny.CASES["sd3"].arguments, "sigmas": [1.0, 0.6, 0.2]}
+    del arguments["num_inference_steps"]
+    record = DiffusionModel(pipeline).record(**arguments, seed=0)
+    assert [row.step for row in record.ledger] == [0, 1, 2]
+    assert [row.sigma for row in record.ledger] == pytest.approx(
+        [float(s) for s in pipeline.scheduler.sigmas[:3]]
+    )
+    assert as_bytes(record.fork(step=2).latents) == as_bytes(record.latents)
+
+
+def test_steps_in_reverse_are_refused_clearly(model):
+    with model.generate(**RUN) as run, pytest.raises(InputError, match="does not go forward"):
+        list(run.steps[::-1])
