@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -17,12 +19,16 @@ from workbench.models import arguments as checks
 from workbench.models.loading import load
 from workbench.models.proxy import ModuleProxy, proxy
 from workbench.models.shapes import Shapes
+from workbench.models.skeleton import Skeleton
 from workbench.tracing.capture import Capture as Chosen
+from workbench.tracing.gradient import Differentiation, Gradient
+from workbench.tracing.graph import Graph
 from workbench.tracing.record import Record, RunSpec
 from workbench.tracing.replay import Replay
 from workbench.tracing.seeds import Seed, generators, normal
 from workbench.tracing.session import Listener, Probe, Session
 from workbench.tracing.sites import Site, resolve
+from workbench.tracing.steps import Steps
 from workbench.tracing.system import System
 from workbench.tracing.trace import Trace
 
@@ -36,6 +42,8 @@ class DiffusionModel:
         model: a zoo name (``"shapes-unet"``), a folder, a Hub id, or a live ``DiffusionPipeline``.
         automodel: the pipeline class to open it with, or its name in diffusers; None is
             ``DiffusionPipeline``, which takes the class that the folder names.
+        dispatch: False builds the tree without weights, on torch's ``meta`` device, and loads them when
+            something is run first, or at ``.dispatch()``.
         **options: passed to the class's ``from_pretrained``.
 
     Attributes:
@@ -53,8 +61,15 @@ class DiffusionModel:
         >>> run.images[0]
     """
 
-    def __init__(self, model: Any, *, automodel: Any = None, **options: Any) -> None:
-        self._pipeline, self._reference = load(model, automodel=automodel, **options)
+    def __init__(self, model: Any, *, automodel: Any = None, dispatch: bool = True, **options: Any) -> None:
+        self._open = partial(load, model, automodel=automodel, **options)
+        self._skeleton: Skeleton | None = None
+        self._loaded: Any = None
+        if dispatch or not isinstance(model, (str, Path)):
+            self._loaded, self._reference = self._open()
+        else:
+            self._skeleton = Skeleton(str(model), automodel=automodel, **options)
+            self._reference = str(model)
         self._running: dict[str, object] = {}
         self._trace: Trace | None = None
         self.shapes: dict[str, str] = {}
@@ -63,13 +78,29 @@ class DiffusionModel:
 
     @property
     def pipeline(self) -> Any:
-        """The diffusers pipeline itself."""
-        return self._pipeline
+        """The diffusers pipeline itself; its weights are loaded if they are not yet."""
+        self.dispatch()
+        return self._loaded
+
+    def dispatch(self) -> None:
+        """Load the weights now, if they are not loaded.
+
+        Raises:
+            LoadError: they cannot be loaded; the tree stays as it was.
+        """
+        if self._loaded is None:
+            self._loaded, _ = self._open()
+            self._skeleton = None
+
+    @property
+    def dispatched(self) -> bool:
+        """Whether the weights are loaded."""
+        return self._loaded is not None
 
     @property
     def automodel(self) -> type:
         """The class of the pipeline."""
-        return type(self._pipeline)
+        return type(self._loaded) if self._skeleton is None else self._skeleton.automodel
 
     @property
     def reference(self) -> str:
@@ -79,7 +110,8 @@ class DiffusionModel:
     @property
     def components(self) -> dict[str, Any]:
         """The pipeline's parts by name, those that are there."""
-        return {name: part for name, part in self._pipeline.components.items() if part is not None}
+        parts = self._loaded.components if self._skeleton is None else self._skeleton.components
+        return {name: part for name, part in parts.items() if part is not None}
 
     @property
     def denoisers(self) -> dict[str, nn.Module]:
@@ -94,16 +126,26 @@ class DiffusionModel:
         """
         return proxy(path, resolve(self.components, path), lambda: self._trace)
 
-    def generate(self, prompt: Any = None, *, seed: Seed = None, **arguments: Any) -> Trace:
+    def generate(
+        self,
+        prompt: Any = None,
+        *,
+        seed: Seed = None,
+        graph: Steps | Literal[False] = False,
+        **arguments: Any,
+    ) -> Trace:
         """Open a traced run; inside the ``with`` block values are read and replaced as they pass.
 
         Args:
             prompt: what the pipeline takes as its prompt; None for pipelines without one.
             seed: noise seed, see `record`.
+            graph: the steps through which autograd's graph is kept, for ``run.gradient``; None is every
+                step. All that passes in them stays in memory.
             **arguments: the pipeline's own.
         """
         spec, call, rows = self._plan(prompt, seed, arguments)
-        session = Session(self._system(), call, spec, rows=rows)
+        probes = () if graph is False else (Graph(graph, recompute=False),)
+        session = Session(self._system(), call, spec, rows=rows, probes=probes)
         return Trace(session, begin=self._begin, release=self._leave, finish=self._finish)
 
     def trace(self, prompt: Any = None, *, seed: Seed = None, **arguments: Any) -> Trace:
@@ -146,6 +188,59 @@ class DiffusionModel:
         """Run one step, unless told otherwise, and return the pipeline's output."""
         return self.record(prompt, seed=seed, **{"num_inference_steps": 1, **arguments}).output
 
+    def gradient(
+        self,
+        prompt: Any = None,
+        *,
+        of: Callable[[torch.Tensor], torch.Tensor],
+        wrt: str | Site | Sequence[str | Site],
+        steps: Steps = None,
+        result: str | Site | None = None,
+        result_step: int | None = None,
+        seed: Seed = None,
+        interventions: Sequence[Intervention] = (),
+        **arguments: Any,
+    ) -> Gradient:
+        """Run once and return the derivative of a number of the result with respect to activations.
+
+        The graph is kept from the first chosen step to the result; each call of the denoiser is computed
+        again on the way back, so that memory grows by a few latents a step.
+
+        Args:
+            prompt: what the pipeline takes as its prompt; None for pipelines without one.
+            of: makes the number of the result: ``lambda image: image[:, 0].mean()``.
+            wrt: the sites of the activations, one or several.
+            steps: in which steps; None is every step.
+            result: what ``of`` is given: a site, ``"latents"``, ``"noise_pred"`` or ``"pred_x0"``; None is
+                what the decoder makes of the latents, for an image ``(batch, 3, height, width)`` from -1 to
+                1, or the latents where there is no decoder. Of several that pass, the last.
+            result_step: take the result of this step, and end the run with it; None is the whole run.
+            seed: noise seed, see `record`.
+            interventions: changes to make; a derivative is taken by the changed activation.
+            **arguments: the pipeline's own, unchanged.
+
+        Raises:
+            InputError: ``of`` returns no number that depends on the result.
+            OutOfOrderError: the result, or no activation, passed.
+        """
+        spec, call, rows = self._plan(prompt, seed, arguments)
+        probe = Differentiation(
+            of,
+            wrt=[wrt] if isinstance(wrt, (str, Site)) else list(wrt),
+            steps=steps,
+            result=result or self._default_result(),
+            result_step=result_step,
+        )
+        edits = _checked(interventions)
+        spec = spec.model_copy(update={"interventions": tuple(edits)})
+        session = Session(self._system(), call, spec, rows=rows, edits=[*edits, probe.taps], probes=[probe])
+        self._perform(session)
+        assert probe.gradient is not None
+        return probe.gradient
+
+    def _default_result(self) -> str:
+        return "vae.decode" if callable(getattr(self.components.get("vae"), "decode", None)) else "latents"
+
     def _run(
         self,
         spec: RunSpec,
@@ -158,12 +253,7 @@ class DiffusionModel:
     ) -> Record:
         sites = [Site.parse(each) for each in capture if isinstance(each, (str, Site))]
         probes = [each for each in capture if not isinstance(each, (str, Site))]
-        if isinstance(interventions, Intervention):
-            raise InputError("interventions takes a list: interventions=[wb.Patch(…)].")
-        edits = list(interventions)
-        for each in edits:
-            if not isinstance(each, Intervention):
-                raise InputError(f"{each!r} is not an intervention. Give wb.Patch(…) or another of them.")
+        edits = _checked(interventions)
         spec = spec.model_copy(update={"capture": _captured(capture), "interventions": tuple(edits)})
         session = Session(
             self._system(),
@@ -176,10 +266,13 @@ class DiffusionModel:
             replay=replay,
             listener=listener,
         )
+        return self._perform(session)
+
+    def _perform(self, session: Session) -> Record:
         try:
             try:
                 self._occupy(session)
-                with _global_noise(replay):
+                with _global_noise(session.replay):
                     record = session.run()
             finally:
                 self._leave(session)
@@ -209,9 +302,10 @@ class DiffusionModel:
         self, prompt: Any, seed: Seed, arguments: Mapping[str, Any]
     ) -> tuple[RunSpec, dict[str, Any], int | None]:
         """Return the spec, the pipeline's keyword arguments and the number of samples."""
+        self.dispatch()
         self._take_in_parts()
         given = dict(arguments) if prompt is None else {"prompt": prompt, **arguments}
-        checks.check(self._pipeline, given)
+        checks.check(self._loaded, given)
         prompts, images = checks.count_prompts(given), checks.count_images(given)
         call = dict(given)
         if seed is not None:
@@ -222,7 +316,7 @@ class DiffusionModel:
         return spec, call, prompts * images
 
     def _system(self) -> System:
-        return System(self.components, self._pipeline)
+        return System(self.components, self._loaded)
 
     def _take_in_parts(self) -> None:
         """Make modules ready that are new since the last run: somebody may have replaced one."""
@@ -256,13 +350,13 @@ class DiffusionModel:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        component = self._pipeline.components.get(name)
+        component = self.components.get(name)
         if isinstance(component, nn.Module):
             return ModuleProxy(name, component, lambda: self._trace)
         if component is not None:
             return component
         raise UnknownNameError(
-            f"{type(self._pipeline).__name__} has no component {name!r}.{nearest(name, self.components)}"
+            f"{self.automodel.__name__} has no component {name!r}.{nearest(name, self.components)}"
         )
 
     def __dir__(self) -> list[str]:
@@ -273,7 +367,17 @@ class DiffusionModel:
 
     def __repr__(self) -> str:
         parts = ", ".join(self.components)
-        return f"DiffusionModel({self._reference or type(self._pipeline).__name__}: {parts})"
+        return f"DiffusionModel({self._reference or self.automodel.__name__}: {parts})"
+
+
+def _checked(interventions: Sequence[Intervention]) -> list[Intervention]:
+    if isinstance(interventions, Intervention):
+        raise InputError("interventions takes a list: interventions=[wb.Patch(…)].")
+    edits = list(interventions)
+    for each in edits:
+        if not isinstance(each, Intervention):
+            raise InputError(f"{each!r} is not an intervention. Give wb.Patch(…) or another of them.")
+    return edits
 
 
 def _listed(capture: Sequence[Capture]) -> list[Capture]:

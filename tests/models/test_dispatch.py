@@ -1,0 +1,139 @@
+"""A model whose tree is there before its weights are."""
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from tests import tiny
+from tests.watching import as_bytes
+from workbench import zoo
+from workbench.errors import LoadError, TraceError, UnknownNameError
+from workbench.models.model import DiffusionModel
+from workbench.models.outline import outline
+
+RUN = {"prompt": "a red circle", "num_inference_steps": 2, "seed": 0}
+
+
+def devices(model):
+    return {
+        weight.device.type
+        for part in model.components.values()
+        if isinstance(part, torch.nn.Module)
+        for weight in part.parameters()
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sd3")
+    tiny.sd3().save_pretrained(folder)
+    return folder
+
+
+def test_the_tree_is_that_of_the_loaded_model_without_its_weights(folder):
+    waiting, loaded = DiffusionModel(folder, dispatch=False), DiffusionModel(folder)
+    assert (waiting.dispatched, loaded.dispatched) == (False, True)
+    assert devices(waiting) == {"meta"}
+    assert list(waiting.components) == list(loaded.components)
+    assert waiting.automodel is loaded.automodel
+    plain = [
+        [(node.path, node.cls, node.depth, node.parameters, node.kind) for node in outline(model)]
+        for model in (waiting, loaded)
+    ]
+    assert plain[0] == plain[1]
+    assert waiting.tokenizer("red").input_ids == loaded.tokenizer("red").input_ids
+    assert list(waiting.denoisers) == ["transformer"]
+    assert not waiting.dispatched
+
+
+@pytest.mark.parametrize("use", ["record", "generate", "trace", "call", "pipeline", "gradient"])
+def test_the_first_use_loads_the_weights(use):
+    model = DiffusionModel("shapes-unet", dispatch=False)
+    site = model.unet.mid_block
+    match use:
+        case "record":
+            image = model.record(**RUN).images[0]
+            assert as_bytes(image) == as_bytes(DiffusionModel("shapes-unet").record(**RUN).images[0])
+        case "generate" | "trace":
+            with getattr(model, use)(**RUN) as run:
+                assert site.output.device.type == "cpu"
+            assert run.images
+        case "call":
+            assert model("a red circle").images
+        case "gradient":
+            assert model.gradient(**RUN, of=torch.mean, wrt="unet.mid_block", result="latents").value
+        case "pipeline":
+            assert isinstance(model.pipeline, StableDiffusionPipeline)
+    assert model.dispatched
+    assert devices(model) == {"cpu"}
+
+
+def test_dispatch_loads_once():
+    model = DiffusionModel("shapes-unet", dispatch=False)
+    model.dispatch()
+    pipeline = model.pipeline
+    model.dispatch()
+    assert model.pipeline is pipeline
+
+
+def test_a_live_pipeline_is_there_already():
+    assert DiffusionModel(tiny.sd1(), dispatch=False).dispatched
+
+
+def test_a_part_given_by_name_is_the_one_in_the_tree(folder):
+    mine = tiny.sd3().transformer
+    model = DiffusionModel(folder, dispatch=False, transformer=mine)
+    assert model.components["transformer"] is mine
+    assert model.pipeline.transformer is mine
+
+
+def test_a_value_is_not_there_before_a_run():
+    with pytest.raises(TraceError, match="only while the model runs"):
+        _ = DiffusionModel("shapes-unet", dispatch=False).unet.mid_block.output
+
+
+def test_what_is_no_pipeline_is_refused_at_once(tmp_path):
+    with pytest.raises(LoadError, match="no model_index"):
+        DiffusionModel(tmp_path, dispatch=False)
+    with pytest.raises(LoadError, match="looked up"):
+        DiffusionModel("nobody/nothing", dispatch=False)
+    with pytest.raises(UnknownNameError, match="shapes-unet"):
+        DiffusionModel("shapes-unett", dispatch=False)
+
+
+def test_weights_that_cannot_be_loaded_leave_the_tree(tmp_path):
+    tiny.sd1().save_pretrained(tmp_path)
+    model = DiffusionModel(tmp_path, dispatch=False)
+    (next((tmp_path / "unet").glob("*.safetensors"))).write_bytes(b"no weights")
+    with pytest.raises(LoadError, match="could not be opened"):
+        model.dispatch()
+    assert not model.dispatched
+    assert model.unet.mid_block.path == "unet.mid_block"
+
+
+def test_a_part_of_a_class_that_nobody_knows_is_named(tmp_path):
+    tiny.sd1().save_pretrained(tmp_path)
+    index = tmp_path / "model_index.json"
+    index.write_text(index.read_text().replace('"UNet2DConditionModel"', '"UNet9DModel"'))
+    with pytest.raises(LoadError, match=r"unet is a diffusers\.UNet9DModel"):
+        DiffusionModel(tmp_path, dispatch=False)
+
+
+def test_a_hub_repository_is_looked_up_without_its_weights(tmp_path, monkeypatch):
+    """From the Hub's cache on disk, as after an earlier look-up: only the small files are in it."""
+    source, cache = zoo.path("shapes-unet"), tmp_path / "cache"
+    revision = "0" * 40
+    snapshot = cache / "models--someone--shapes" / "snapshots" / revision
+    for file in source.rglob("*"):
+        if file.suffix in (".json", ".txt"):
+            copy = snapshot / file.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(file.read_bytes())
+    refs = cache / "models--someone--shapes" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text(revision)
+    model = DiffusionModel("someone/shapes", dispatch=False, cache_dir=str(cache), local_files_only=True)
+    assert model.reference == "someone/shapes"
+    assert devices(model) == {"meta"}
+    with pytest.raises(LoadError, match="could not be opened"):
+        model.record(**RUN)

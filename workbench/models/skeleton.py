@@ -1,0 +1,100 @@
+"""A pipeline's parts without its weights: modules on torch's ``meta`` device, all else as it is."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import nn
+
+from workbench.errors import LoadError
+from workbench.models.loading import locate, pipeline_class
+
+_TEXTS = ["*.json", "*.txt", "*.model", "*.py"]
+
+
+class Skeleton:
+    """What a folder or a Hub repository says of its pipeline.
+
+    Args:
+        reference: a zoo name, a folder or a Hub id; of a Hub id, no weights are downloaded.
+        automodel: the pipeline class, its name in diffusers, or None for the one that is named.
+        **options: of ``from_pretrained``: ``revision``, ``cache_dir``, ``token``, ``local_files_only`` count
+            here, and parts given by name.
+
+    Attributes:
+        components: the parts by name; modules have shapes and no values.
+        automodel: the pipeline class.
+
+    Raises:
+        LoadError, UnknownNameError: it is no pipeline, or a part's class is not known.
+    """
+
+    def __init__(self, reference: str, *, automodel: Any = None, **options: Any) -> None:
+        folder = _texts(locate(reference), options)
+        index = json.loads((folder / "model_index.json").read_text())
+        self.automodel: type = pipeline_class(automodel or index["_class_name"])
+        taken = inspect.signature(self.automodel).parameters
+        parts = {
+            name: options[name] if name in options else _part(folder / name, entry)
+            for name, entry in index.items()
+            if name in taken
+        }
+        try:
+            self.components: dict[str, Any] = self.automodel(**parts).components
+        except (TypeError, ValueError, AttributeError) as error:
+            raise LoadError(
+                f"{reference} could not be put together as a {self.automodel.__name__}: {error}"
+            ) from error
+
+
+def _texts(found: str, options: dict[str, Any]) -> Path:
+    """Return the folder of a pipeline's configurations."""
+    if Path(found).is_dir():
+        return Path(found)
+    from huggingface_hub import snapshot_download
+
+    known = {
+        name: options[name]
+        for name in ("revision", "cache_dir", "token", "local_files_only")
+        if name in options
+    }
+    try:
+        return Path(snapshot_download(found, allow_patterns=_TEXTS, **known))
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{found} could not be looked up: {error}") from error
+
+
+def _part(folder: Path, entry: Any) -> Any:
+    """Make one part: a module on ``meta`` from its configuration, anything else as it is kept.
+
+    Args:
+        folder: where the part is kept.
+        entry: what the index says of it: ``[library, class]``; nulls where there is none; or a plain setting.
+    """
+    if not isinstance(entry, list):
+        return entry
+    library, name = entry
+    if name is None:
+        return None
+    try:
+        home = getattr(diffusers.pipelines, library, None) or importlib.import_module(library)
+        cls = getattr(home, name)
+    except (ImportError, AttributeError) as error:
+        raise LoadError(f"{folder.name} is a {library}.{name}, which cannot be imported: {error}") from error
+    try:
+        if not issubclass(cls, nn.Module):
+            return cls.from_pretrained(folder)
+        with torch.device("meta"):
+            if hasattr(cls, "load_config"):
+                module = cls.from_config(cls.load_config(folder))
+            else:
+                module = cls(cls.config_class.from_pretrained(folder))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise LoadError(f"{folder.name} could not be built from {folder}: {error}") from error
+    return module.eval()
