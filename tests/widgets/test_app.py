@@ -140,11 +140,11 @@ def test_run_fills_the_views_and_patch_changes_the_image(name):
 
 def test_front_end_runs_patches_and_chooses_windows():
     with opened() as bench:
-        bench.controls.set_state({"source": "a green star", "steps": 3, "seed": 5})
-        assert "'a green star'" in bench.code.code
+        bench.controls.set_state({"source": "a green cross", "steps": 3, "seed": 5})
+        assert "'a green cross'" in bench.code.code
         front_end(bench.controls, kind="run")
         until(lambda: bench.map.noise_floor is not None)
-        assert bench.experiment.source == "a green star"
+        assert bench.experiment.source == "a green cross"
         assert bench.target.ledger.steps == 3
         front_end(bench.map, kind="window", value="from here")
         front_end(bench.map, kind="cell", row=bench.map.sites.index(SITE), column=1)

@@ -42,7 +42,7 @@ def test_swapped_colours_are_right_in_colour_and_shape_but_not_bound():
         ("a red circle above a blue square", "places", False),
         ("a red circle", "count", False),
         ("a red circle and a green square", "colours", False),
-        ("a red circle and a blue star", "shapes", False),
+        ("a red circle and a blue cross", "shapes", False),
     ],
 )
 def test_each_word_is_scored_by_itself(prompt, row, right):

@@ -45,6 +45,12 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(whole, tmp_path, mon
     assert stopped != weights(whole[1])
 
 
+def test_a_run_can_begin_with_the_weights_of_another(whole, tmp_path):
+    still = train.Recipe(steps=1, batch=4, scenes=16, keep_every=1, rate=0.0, seed=9)
+    assert weights(train.train_shapes_unet(tmp_path, still, whole[1])) == weights(whole[1])
+    assert not (tmp_path / "vae").exists()
+
+
 def test_the_export_opens_as_a_pipeline_of_one_type(whole):
     pipeline = StableDiffusionPipeline.from_pretrained(whole[1])
     parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder)

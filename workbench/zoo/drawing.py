@@ -6,13 +6,12 @@ centre, clipped to half a pixel, is how much of the pixel the shape covers.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from workbench.zoo.world import GROUND_RGB, REACH, RGB, SIDE, Scene, Thing
+from workbench.zoo.world import GROUND_RGB, RGB, SIDE, Scene, Thing
 
 Array = NDArray[np.float32]
 
@@ -43,31 +42,11 @@ def _cross(x: Array, y: Array, r: Array) -> Array:
     return distance
 
 
-def _less(value: Array, by: Array) -> Array:
-    return value - by
-
-
-def _star(x: Array, y: Array, r: Array) -> Array:
-    """A five-pointed star: fold the plane onto one arm, then measure to that arm's edge."""
-    x, y = np.abs(x), np.negative(y)
-    down = np.float32(-0.587785)
-    for across in (np.float32(0.809017), np.float32(-0.809017)):
-        beyond: Array = np.float32(2) * np.maximum(across * x + down * y, np.float32(0))
-        x, y = _less(x, across * beyond), _less(y, down * beyond)
-    # The edge runs from the tip, at REACH radii, to the notch, at 0.45 of that and 36 degrees on.
-    run, rise = 0.45 * 0.587785, 1.0 - 0.45 * 0.809017
-    length = math.hypot(run, rise)
-    below_tip: Array = y - REACH * r
-    distance: Array = np.abs(x) * np.float32(rise / length) + below_tip * np.float32(run / length)
-    return distance
-
-
 _DISTANCE: dict[str, Callable[[Array, Array, Array], Array]] = {
     "circle": _circle,
     "square": _square,
     "triangle": _triangle,
     "cross": _cross,
-    "star": _star,
 }
 
 

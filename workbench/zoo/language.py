@@ -3,7 +3,7 @@
 The grammar is small and regular, one token a word::
 
     prompt   = thing [joint thing] ["on a" ground "background"]
-    thing    = ("a" | "an") [size] colour shape [place]
+    thing    = "a" [size] colour shape [place]
     joint    = "and" | "left of" | "right of" | "above" | "below"
     place    = "on the left" | "on the right" | "at the top" | "at the bottom" | "in the middle"
 """
@@ -19,8 +19,8 @@ from workbench.errors import InputError, UnknownNameError, nearest
 if TYPE_CHECKING:
     from workbench.zoo.world import Scene, Thing
 
-COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple")
-SHAPES = ("circle", "square", "triangle", "cross", "star")
+COLOURS = ("red", "yellow", "green", "blue", "purple")
+SHAPES = ("circle", "square", "triangle", "cross")
 SIZES = ("small", "large")
 GROUNDS = ("light", "dark")
 PLACES = ("left", "right", "top", "bottom", "middle")
@@ -41,7 +41,7 @@ WORDS = (
     *SIZES,
     *GROUNDS,
     *PLACES,
-    *("a", "an", "and", "the", "on", "at", "in", "of", "above", "below", "background"),
+    *("a", "and", "the", "on", "at", "in", "of", "above", "below", "background"),
 )
 """Every word a prompt of the shapes world can hold."""
 
@@ -100,8 +100,7 @@ def describe(scene: Scene, wording: Wording | None = None) -> str:
 
 def _phrase(thing: Thing, wording: Wording) -> str:
     words = [thing.size] if wording.sizes else []
-    words += [thing.colour, thing.shape]
-    words.insert(0, "an" if words[0][0] in "aeiou" else "a")
+    words = ["a", *words, thing.colour, thing.shape]
     if wording.places == "each":
         words.append(_PLACE_WORDS[thing.place])
     return " ".join(words)
@@ -160,7 +159,7 @@ def _split(words: Sequence[str], prompt: str) -> tuple[list[list[str]], str | No
 
 
 def _parse_thing(words: list[str], prompt: str) -> AskedThing:
-    rest = words[1:] if words[0] in ("a", "an") else words
+    rest = words[1:] if words[0] == "a" else words
     size = rest[0] if rest and rest[0] in SIZES else None
     rest = rest[1:] if size else rest
     place = None

@@ -4,9 +4,9 @@ Example:
     >>> rng = numpy.random.default_rng(0)
     >>> scene = sample(rng)
     >>> scene.prompt()
-    'a small orange star and a large green triangle on a dark background'
+    'a small blue cross and a large green triangle on a dark background'
     >>> str(read(render(scene)))
-    'large green triangle and small orange star on dark'
+    'large green triangle and small blue cross on dark'
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 ``python -m workbench.zoo.train shapes-unet --out DIR`` trains first the autoencoder, then the denoiser with
 its text encoder. Everything in between is kept under ``DIR``, so that a run that was stopped goes on from its
 last checkpoint, and after every checkpoint ``DIR/export`` holds a complete pipeline of the averaged weights.
+``--start FOLDER`` begins with the weights of an exported pipeline, and keeps its autoencoder.
 """
 
 from __future__ import annotations
@@ -65,17 +66,22 @@ class Recipe:
 class Denoiser:
     """The denoiser in training: models, running averages, optimiser and schedule.
 
+    Args:
+        recipe: the numbers.
+        start: whose weights and tokenizer to begin with; None is random weights.
+
     Attributes:
         step: how many steps have been made.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, start: StableDiffusionPipeline | None = None) -> None:
         torch.manual_seed(recipe.seed)
-        self.tokenizer = build_tokenizer()
-        self.models = {
-            "text_encoder": build_text_encoder(self.tokenizer).train(),
-            "unet": build_unet().train(),
-        }
+        self.tokenizer = build_tokenizer() if start is None else start.tokenizer
+        self.models = {"text_encoder": build_text_encoder(self.tokenizer), "unet": build_unet()}
+        for name, model in self.models.items():
+            if start is not None:
+                model.load_state_dict(getattr(start, name).state_dict())
+            model.train()
         self.averages = {name: Average(model) for name, model in self.models.items()}
         parameters = [weight for model in self.models.values() for weight in model.parameters()]
         self.optimiser = torch.optim.AdamW(parameters, lr=recipe.rate, betas=(0.9, 0.99), weight_decay=0.01)
@@ -126,18 +132,23 @@ class Denoiser:
         return assemble(vae, text_encoder.eval(), unet.eval(), self.tokenizer)
 
 
-def train_shapes_unet(out: Path, recipe: Recipe) -> Path:
+def train_shapes_unet(out: Path, recipe: Recipe, start: Path | None = None) -> Path:
     """Train ``shapes-unet``, or go on training it.
 
     Args:
         out: folder for what is kept on the way.
         recipe: how long, with which seed; it should be that of the run being continued.
+        start: folder of a pipeline to begin with; None is from nothing.
 
     Returns:
         The folder of the exported pipeline.
     """
-    vae = load_or_train(out / "vae", recipe.vae_steps, recipe.seed, recipe.images)
-    denoiser = Denoiser(recipe)
+    if start is None:
+        first, vae = None, load_or_train(out / "vae", recipe.vae_steps, recipe.seed, recipe.images)
+    else:
+        first = StableDiffusionPipeline.from_pretrained(start)
+        vae = first.vae
+    denoiser = Denoiser(recipe, first)
     kept = out / "denoiser.pt"
     if kept.exists():
         denoiser.load(torch.load(kept, weights_only=True))
@@ -145,12 +156,12 @@ def train_shapes_unet(out: Path, recipe: Recipe) -> Path:
     export(denoiser.pipeline(vae), out / "export")
     pool = encode_pool(vae, recipe.scenes, recipe.seed + 2)
     log.info("%d scenes encoded, latents' deviation %.3f", len(pool.scenes), float(pool.latents.std()))
-    started, first, recent = time.monotonic(), denoiser.step, 1.0
+    started, begun, recent = time.monotonic(), denoiser.step, 1.0
     while denoiser.step < recipe.steps:
         batch = draw_batch(pool, denoiser.tokenizer, recipe.batch, recipe.seed, denoiser.step)
         recent += 0.02 * (denoiser.advance(batch) - recent)
         if denoiser.step % 50 == 0:
-            pace = (time.monotonic() - started) / (denoiser.step - first)
+            pace = (time.monotonic() - started) / (denoiser.step - begun)
             log.info("unet %5d/%d  loss %.4f  %.2f s a step", denoiser.step, recipe.steps, recent, pace)
         if denoiser.step % recipe.keep_every == 0 or denoiser.step == recipe.steps:
             _keep(denoiser, vae, kept)
@@ -195,13 +206,15 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--vae-steps", type=int, default=Recipe.vae_steps)
     parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--rate", type=float, default=Recipe.rate, help="highest learning rate")
+    parser.add_argument("--start", type=Path, default=None, help="folder of a pipeline to begin with")
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     given = parser.parse_args(arguments)
     if given.model not in RECIPES:
         raise InputError(f"There is no recipe for {given.model!r}.{nearest(given.model, RECIPES)}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    recipe = Recipe(vae_steps=given.vae_steps, steps=given.steps, seed=given.seed)
-    log.info("exported to %s", train_shapes_unet(given.out, recipe))
+    recipe = Recipe(vae_steps=given.vae_steps, steps=given.steps, rate=given.rate, seed=given.seed)
+    log.info("exported to %s", train_shapes_unet(given.out, recipe, given.start))
 
 
 if __name__ == "__main__":
