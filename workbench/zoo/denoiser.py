@@ -166,7 +166,8 @@ def denoising_loss(
         predicted = unet(noisy, batch.timesteps, text).sample
     error = (predicted.float() - velocity).square().mean((1, 2, 3))
     usual = 0.04 + 0.4 * (batch.timesteps / 1000) ** 4
-    return (error / usual).mean()
+    loss: Tensor = (error / usual).mean()
+    return loss
 
 
 class Average:
