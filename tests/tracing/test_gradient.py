@@ -47,11 +47,11 @@ def test_the_derivative_is_what_a_small_change_makes(case, step):
     assert found.shape[0] == len(calls)
     # The same direction in each branch's row: a change is made branch by branch.
     direction = torch.randn(found.shape[2:], generator=torch.Generator().manual_seed(1), dtype=found.dtype)
-    small = 1e-4
+    small = 1e-3
     up, down = (shifted(pipeline, case, step, direction, by, result="latents") for by in (small, -small))
     measured = (up - down) / (2 * small)
     assert measured != 0
-    assert float((found * direction).sum()) == pytest.approx(measured, rel=2e-3)
+    assert float((found * direction).sum()) == pytest.approx(measured, rel=1e-2)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -76,7 +76,7 @@ def test_what_is_computed_again_gives_what_a_graph_kept_whole_gives():
         image = model.vae.decode.output[0]
         whole = run.gradient(mean(image), *seen)
     assert torch.allclose(torch.stack(whole), again[SD.site], rtol=1e-4, atol=1e-9)
-    assert again.value == pytest.approx(float(mean(image)))
+    assert again.value == pytest.approx(mean(image).item())
     assert run.images
 
 
