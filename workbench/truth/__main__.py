@@ -13,9 +13,9 @@ from workbench.truth.attention import word_overlap
 from workbench.truth.patching import colour_rates
 from workbench.zoo import shapes
 
-STEPS = tuple(range(20))
-PATCH = PatchSpec(site="unet.up_blocks.2", steps=STEPS, branch="cond")
-"""The patch of the tour."""
+STEPS = tuple(range(10, 20))
+PATCH = PatchSpec(site="unet.up_blocks.2.attentions.1.transformer_blocks.0.attn2", steps=STEPS, branch="cond")
+"""Half of the steps of one layer: patched whole, the last block would make the source's own run."""
 
 ELSEWHERE = "unet.mid_block"
 """The other site."""
