@@ -31,9 +31,11 @@ from tests.tiny.unets import (
     controlnet,
     ddim,
     ddpm,
+    pix2pix,
     sd1,
     sd1_from_image,
     sd1_inpaint,
+    sd1_pag,
     sdxl,
 )
 from tests.tiny.videos import cogvideox, hunyuan_video, ltx, wan, wan22
@@ -52,9 +54,11 @@ __all__ = [
     "flux",
     "mask",
     "picture",
+    "pix2pix",
     "sd1",
     "sd1_from_image",
     "sd1_inpaint",
+    "sd1_pag",
     "sd3",
     "sdxl",
     "stable_cascade",
@@ -108,6 +112,8 @@ FAMILIES: dict[str, Case] = {
     "ddim": Case(ddim, {"num_inference_steps": 4, "eta": 0.5}, "unet.mid_block"),
     "sd1-img2img": Case(sd1_from_image, {**WORDED, "image": picture(), "strength": 0.75}, "unet.mid_block"),
     "sd1-inpaint": Case(sd1_inpaint, {**WORDED, "image": picture(), "mask_image": mask()}, "unet.mid_block"),
+    "sd1-pag": Case(sd1_pag, WORDED, "unet.mid_block"),
+    "pix2pix": Case(pix2pix, {**WORDED, "image": picture()}, "unet.mid_block"),
     "controlnet": Case(controlnet, {**WORDED, "image": picture()}, "unet.mid_block"),
     "flux-img2img": Case(
         flux_from_image,

@@ -15,6 +15,8 @@ from diffusers import (
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
+    StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionPAGPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -50,6 +52,20 @@ def sd1_inpaint(scheduler: type[Any] = DDIMScheduler, **config: Any) -> StableDi
     parts = _sd1_parts(scheduler, **config)
     parts["unet"] = UNet2DConditionModel(**{**unet_config(), "in_channels": 9})
     return StableDiffusionInpaintPipeline(**parts, **UNCHECKED)
+
+
+@seeded
+def pix2pix() -> StableDiffusionInstructPix2PixPipeline:
+    """Guided by words and by an image: three ways in a batch, four channels more for the image."""
+    parts = _sd1_parts(DDIMScheduler)
+    parts["unet"] = UNet2DConditionModel(**{**unet_config(), "in_channels": 8})
+    return StableDiffusionInstructPix2PixPipeline(**parts, **UNCHECKED)
+
+
+@seeded
+def sd1_pag() -> StableDiffusionPAGPipeline:
+    """Perturbed-attention guidance: a third way in the batch, or a second without the first."""
+    return StableDiffusionPAGPipeline(**_sd1_parts(DDIMScheduler), **UNCHECKED, pag_applied_layers="mid")
 
 
 @seeded

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from tests import tiny
+from workbench.models.model import DiffusionModel
 from workbench.tracing.branches import Branches
 from workbench.tracing.rig import Rig
 from workbench.tracing.system import System
@@ -68,7 +69,39 @@ def test_a_label_of_both_is_told_apart_by_the_batch():
     assert named(branches, None, SAMPLE[:1]) == ("cond",)
 
 
-def test_more_ways_than_two_are_numbered():
+@pytest.mark.parametrize(
+    ("build", "arguments", "branches"),
+    [
+        (tiny.pix2pix, {"image": tiny.picture()}, ("cond", "image", "uncond")),
+        (tiny.pix2pix, {"image": tiny.picture(), "guidance_scale": 1.0}, ("cond",)),
+        (tiny.sd1_pag, {}, ("uncond", "cond", "perturbed")),
+        (tiny.sd1_pag, {"guidance_scale": 1.0}, ("cond", "perturbed")),
+        (tiny.sd1_pag, {"pag_scale": 0.0}, ("uncond", "cond")),
+    ],
+)
+def test_guidance_of_more_ways_is_named(build, arguments, branches):
+    model = DiffusionModel(build())
+    record = model.record(**tiny.WORDED, **arguments, seed=0, capture=["unet.conv_in"])
+    assert {row.branches for row in record.ledger} == {branches}
+    whole = record.at("unet.conv_in", step=1)
+    parts = [record.at("unet.conv_in", step=1, branch=branch) for branch in branches]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_each_way_of_the_batch_is_what_its_name_says():
+    """Put together by the formula of guidance by words and image, they give what the scheduler was handed."""
+    pipeline = tiny.pix2pix()
+    model = DiffusionModel(pipeline)
+    told = {**tiny.WORDED, "image": tiny.picture(), "seed": 0, "image_guidance_scale": 2.0}
+    record = model.record(**told, guidance_scale=5.0, capture=["unet"])
+    for step in range(record.ledger.steps):
+        way = {each: record.at("unet", step=step, branch=each) for each in ("cond", "image", "uncond")}
+        words, image = way["cond"] - way["image"], way["image"] - way["uncond"]
+        guided = way["uncond"] + 5.0 * words + 2.0 * image
+        assert torch.allclose(record.noise_pred[record.ledger.last_tick(step)], guided, atol=1e-5)
+
+
+def test_ways_that_nothing_tells_apart_are_numbered():
     branches, _ = encoded()
     assert named(branches, None, torch.zeros(3, 4, 8, 8)) == ("guide0", "guide1", "guide2")
     assert [branches.of("unet", (SAMPLE[:1],), {}, earlier) for earlier in range(3)] == [

@@ -43,7 +43,7 @@ class Branches:
         self._system = system
         self._prompt = prompt[0] if isinstance(prompt, (list, tuple)) and prompt else prompt
         self._encodings: list[_Encoding] = []
-        self._orders: dict[str, tuple[str, str]] = {}
+        self._orders: dict[str, tuple[str, ...]] = {}
 
     def attach(self, rig: Rig) -> None:
         """Watch what the text encoders make of the words: it tells the branches of a batch apart."""
@@ -70,30 +70,54 @@ class Branches:
         sample = args[0] if args else next(iter(kwargs.values()), None)
         batch = sample.shape[0] if isinstance(sample, torch.Tensor) and sample.ndim else 1
         if self.rows is not None and batch % self.rows == 0 and batch > self.rows:
-            ways = batch // self.rows
-            if ways > 2:
-                return tuple(f"guide{way}" for way in range(ways))
             if component not in self._orders:
-                self._orders[component] = self._order(args, kwargs, self.rows)
+                self._orders[component] = self._order(args, kwargs, self.rows, batch // self.rows)
             return self._orders[component]
         return (("cond", "uncond")[earlier] if earlier < 2 else f"guide{earlier}",)
 
-    def _order(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: int) -> tuple[str, str]:
-        """Return which half of a guided batch is which; most pipelines put the unconditional one first."""
-        if _null_class_last(kwargs.get("class_labels"), rows) or self._words_first(args, kwargs, rows):
-            return ("cond", "uncond")
-        return ("uncond", "cond")
+    def _order(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: int, ways: int
+    ) -> tuple[str, ...]:
+        """Name the equal parts of a guided batch, in their order.
 
-    def _words_first(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: int) -> bool:
-        """Whether the first half of a batch is conditioned on the prompt, and the second is not."""
+        Perturbed-attention guidance adds a last part, whose attention is perturbed (Ahn et al., 2024).
+        """
+        if getattr(self._system.call, "do_perturbed_attention_guidance", False):
+            return (*self._unperturbed(args, kwargs, rows, ways - 1), "perturbed")
+        return self._unperturbed(args, kwargs, rows, ways)
+
+    def _unperturbed(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: int, ways: int
+    ) -> tuple[str, ...]:
+        """Name the parts of a batch that are guided by conditions.
+
+        Of two, most pipelines put the unconditional one first. Guidance by words and an image has three: one
+        with both, one without the words, one without either (Brooks et al., 2023).
+        """
+        if ways == 1:
+            return ("cond",)
+        worded = self._worded(args, kwargs, rows, ways)
+        if ways == 2:
+            first = _null_class_last(kwargs.get("class_labels"), rows) or worded == [True, False]
+            return ("cond", "uncond") if first else ("uncond", "cond")
+        blank = _blank(args, kwargs, rows, ways)
+        if ways == 3 and worded.count(True) == blank.count(True) == 1 and worded != blank:
+            return tuple(
+                "cond" if words else "uncond" if nothing else "image"
+                for words, nothing in zip(worded, blank, strict=True)
+            )
+        return tuple(f"guide{way}" for way in range(ways))
+
+    def _worded(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: int, ways: int) -> list[bool]:
+        """Return which parts of a batch are conditioned on the prompt; of all the same, none."""
         known = list(self._of_prompt())
         for _, told in leaves((args, kwargs)):
-            if not known or told.ndim < 2 or told.shape[0] != 2 * rows or not told.is_floating_point():
+            if not known or told.ndim < 2 or told.shape[0] != ways * rows or not told.is_floating_point():
                 continue
-            first, second = (any(_same(told[row], each) for each in known) for row in (0, rows))
-            if first != second:
-                return first
-        return False
+            found = [any(_same(told[way * rows], each) for each in known) for way in range(ways)]
+            if any(found) and not all(found):
+                return found
+        return [False] * ways
 
     def _of_prompt(self) -> Iterator[torch.Tensor]:
         """Yield what the encoders made of the prompt, first row."""
@@ -120,6 +144,13 @@ def _null_class_last(labels: Any, rows: int) -> bool:
     if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or len(labels) != 2 * rows:
         return False
     return bool(labels[:rows].max() < labels[rows:].min())
+
+
+def _blank(args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: int, ways: int) -> list[bool]:
+    """Return which parts of a batch are handed channels of zeros beside the sample's: an image left out."""
+    sample = args[0] if args else next(iter(kwargs.values()))
+    channels = sample.reshape(ways, rows, sample.shape[1], -1)[:, 0]
+    return [bool((each == 0).all(-1).any()) for each in channels]
 
 
 def _same(told: torch.Tensor, encoding: torch.Tensor) -> bool:
