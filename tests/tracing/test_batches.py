@@ -98,6 +98,21 @@ def test_a_source_of_one_goes_into_the_chosen_sample_and_one_of_as_many_gives_ea
     assert torch.equal(given.at(SITE, **at)[1], other.at(SITE, **at)[1])
 
 
+def test_a_film_goes_into_the_chosen_sample_where_frames_are_folded_into_the_batch():
+    case = tiny.FAMILIES["animatediff"]
+    model = DiffusionModel(case.build())
+    frames = case.arguments["num_frames"]
+    alone = model.record(**{**case.arguments, "prompt": "a green cross"}, seed=0, capture=[case.site])
+    patch = Patch(case.site, source=alone, steps=1, samples=1)
+    plain = model.record(**several(case), seed=0, capture=[case.site])
+    patched = model.record(**several(case), seed=0, capture=[case.site], interventions=[patch])
+    before, after = (record.at(case.site, step=1, branch="cond") for record in (plain, patched))
+    assert len(after) == 2 * frames
+    assert torch.equal(after[:frames], before[:frames])
+    assert torch.equal(after[frames:], alone.at(case.site, step=1, branch="cond"))
+    assert not torch.equal(after[frames:], before[frames:])
+
+
 def test_the_control_of_a_patch_moves_the_same_samples(model):
     alone = run(model, "a green cross")
     batch = ["a red circle", "a blue square"]

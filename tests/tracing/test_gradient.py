@@ -5,12 +5,13 @@ import torch
 
 from tests import tiny
 from tests.watching import as_bytes, footprint
-from workbench.errors import InputError, OutOfOrderError, UnknownNameError
+from workbench.errors import GuardError, InputError, OutOfOrderError, UnknownNameError
 from workbench.interventions.attach import Attach
 from workbench.models.model import DiffusionModel
 
 CASES = [
-    pytest.param(tiny.CASES[name], id=name) for name in ("sd1", "sdxl", "flux-cfg", "pixart", "ddpm", "dit")
+    pytest.param(tiny.FAMILIES[name], id=name)
+    for name in ("sd1", "sdxl", "flux-cfg", "pixart", "ddpm", "dit", "animatediff", "wan", "pix2pix")
 ]
 SD = tiny.CASES["sd1"]
 
@@ -177,6 +178,19 @@ def test_what_cannot_be_differentiated_is_said_and_leaves_nothing(asked, error, 
         derive(pipeline, SD, **asked)
     assert footprint(pipeline) == before
     assert torch.is_grad_enabled()
+
+
+def test_gradient_checkpointing_is_refused_by_name():
+    pipeline = SD.build()
+    pipeline.unet.enable_gradient_checkpointing()
+    model = DiffusionModel(pipeline)
+    said = r"unet.*disable_gradient_checkpointing\(\)"
+    with pytest.raises(GuardError, match=said):
+        derive(pipeline, SD)
+    with pytest.raises(GuardError, match=said), model.generate(**SD.arguments, graph=None):
+        pass
+    model.unet.module.disable_gradient_checkpointing()
+    assert derive(pipeline, SD)[SD.site].abs().max() > 0
 
 
 def test_in_a_block_without_a_graph_a_derivative_is_refused():

@@ -1,4 +1,4 @@
-"""The port ``heads``: what each head of an attention layer computed, before the projection mixes them."""
+"""The ports ``heads`` and ``text_heads``: what each head computed, before a projection mixes them."""
 
 from __future__ import annotations
 
@@ -45,6 +45,42 @@ def attach(rig: Rig, target: Target, pass_by: PassBy) -> Owned:
     Raises:
         InputError: the target is no attention layer.
     """
+    pass_heads = _by_heads(target, pass_by)
+    assert isinstance(target, nn.Module)
+    projection = _projection(target)
+    if projection is not None:
+        return _before(rig, projection, pass_heads)
+
+    def after(_: Any, _args: Any, _kwargs: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (pass_heads(output[0]), *output[1:])
+        return pass_heads(output)
+
+    return rig.after(target, after)
+
+
+def attach_text(rig: Rig, target: Target, pass_by: PassBy) -> Owned:
+    """Hand a joint attention's per-head outputs for the text, ``(batch, heads, tokens, head_dim)``.
+
+    Raises:
+        InputError: the target is no attention layer, or has no projection for the text.
+    """
+    pass_heads = _by_heads(target, pass_by)
+    projection = getattr(target, "to_add_out", None)
+    if not isinstance(projection, nn.Module):
+        raise InputError(
+            f"{type(target).__name__} has no output for the text here, so it has no text_heads: only a joint "
+            "attention has that projects image and text by themselves, as in SD3 and Flux's double blocks."
+        )
+    return _before(rig, projection, pass_heads)
+
+
+def _before(rig: Rig, projection: nn.Module, change: PassBy) -> Owned:
+    return rig.before(projection, lambda _owner, args, kwargs: ((change(args[0]), *args[1:]), kwargs))
+
+
+def _by_heads(target: Target, pass_by: PassBy) -> PassBy:
+    """Return what lets heads side by side pass by one after the other."""
     heads = head_count(target) if isinstance(target, nn.Module) else None
     if heads is None:
         named = type(target).__name__ if isinstance(target, nn.Module) else f"The method {target.name}"
@@ -56,17 +92,7 @@ def attach(rig: Rig, target: Target, pass_by: PassBy) -> Owned:
         changed = pass_by(parts)
         return value if changed is parts else join(changed)
 
-    assert isinstance(target, nn.Module)
-    projection = _projection(target)
-    if projection is not None:
-        return rig.before(projection, lambda _owner, args, kwargs: ((pass_heads(args[0]), *args[1:]), kwargs))
-
-    def after(_: Any, _args: Any, _kwargs: Any, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (pass_heads(output[0]), *output[1:])
-        return pass_heads(output)
-
-    return rig.after(target, after)
+    return pass_heads
 
 
 def _projection(module: nn.Module) -> nn.Module | None:
@@ -80,3 +106,4 @@ def _projection(module: nn.Module) -> nn.Module | None:
 
 
 add_port("heads", attach)
+add_port("text_heads", attach_text)

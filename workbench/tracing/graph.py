@@ -12,6 +12,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from workbench.tracing.guards import check_graph
 from workbench.tracing.ledger import Row
 from workbench.tracing.record import Record
 from workbench.tracing.session import Session
@@ -38,6 +39,7 @@ class Graph:
     @contextmanager
     def watching(self, session: Session) -> Iterator[None]:
         """Switch gradients on and off as the steps come, for as long as the run goes."""
+        check_graph(session.system.denoisers)
         session.clock.started.append(lambda row: self._switch(session, row))
         if self.recompute:
             for owner, name in _costly(session):

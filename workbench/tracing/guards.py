@@ -1,6 +1,7 @@
 """Settings of a model under which hooks, maps or forks would be wrong: refused by name, before the run.
 
-*Sites* are those inside the denoiser, *maps* is `Attention`, *forks* is `Record.fork`.
+*Sites* are those inside the denoiser, *maps* is `Attention` and the ports ``query``, ``key``, ``value`` of a
+layer, *forks* is `Record.fork`.
 
 | setting | sites | maps | forks | why |
 |---|---|---|---|---|
@@ -24,6 +25,9 @@
 | LoRA | works | works | works | the adapted layers are modules like others |
 | modular pipeline | works | works | works | components and scheduler are the same |
 
+Derivatives are refused under gradient checkpointing: it computes parts of a call again on the way back, when
+nothing of the run is there to make its changes.
+
 A cached denoiser cannot be forked since replay stands in for its forward, and the cache would lack what
 the repeated steps put there.
 """
@@ -41,6 +45,9 @@ from torch import nn
 
 from workbench.errors import GuardError
 from workbench.tracing.sites import Site
+
+KERNEL_PORTS = ("query", "key", "value")
+"""Ports of what an attention layer hands to the kernel."""
 
 _KERNEL = "scaled_dot_product_attention"
 _FUSED = {
@@ -101,7 +108,8 @@ def check(components: Mapping[str, Any], sites: Iterable[Site]) -> None:
         GuardError: with the site, the setting and what to switch off.
     """
     for site in sites:
-        _refuse(Place.at(components, site.path), (_compiled, _cached, _fused))
+        kernel = (_bypassed,) if site.port in KERNEL_PORTS else ()
+        _refuse(Place.at(components, site.path), (_compiled, _cached, _fused, *kernel))
 
 
 def check_maps(components: Mapping[str, Any], layers: Iterable[str], *, by_name: bool = False) -> None:
@@ -127,6 +135,21 @@ def check_denoisers(denoisers: Mapping[str, nn.Module], *, forking: bool = False
     """
     for name in denoisers:
         _refuse(Place.at(denoisers, name), (_compiled_in_place, *((_remembers,) if forking else ())))
+
+
+def check_graph(denoisers: Mapping[str, nn.Module]) -> None:
+    """Refuse derivatives through denoisers that compute parts of a call again by themselves.
+
+    Raises:
+        GuardError: with the denoiser and what to switch off.
+    """
+    for name, module in denoisers.items():
+        if any(getattr(each, "gradient_checkpointing", False) for each in module.modules()):
+            raise GuardError(
+                f"{name} has gradient checkpointing on: on the way back it would compute its blocks again "
+                "without the run's changes. Derivatives here need no more memory without it. Switch it off: "
+                f"model.{name}.module.disable_gradient_checkpointing()."
+            )
 
 
 def hookable(components: Mapping[str, Any], path: str) -> bool:
@@ -207,8 +230,9 @@ def _bypassed(place: Place) -> str | None:
         if _KERNEL in _named_in(function):
             return None
         return (
-            f"{place.path} computes attention in the backend {backend!r}, past {_KERNEL}, where maps are "
-            f"taken from. Switch to torch's own: {place.component}.set_attention_backend('native')."
+            f"{place.path} computes attention in the backend {backend!r}, past {_KERNEL}, where maps, "
+            "queries, keys and values are taken from. Switch to torch's own: "
+            f"{place.component}.set_attention_backend('native')."
         )
     kind = type(processor)
     if _KERNEL in names or not (kind.__module__.startswith("diffusers.") or "get_attention_scores" in names):
@@ -216,8 +240,8 @@ def _bypassed(place: Place) -> str | None:
     way_out = f"{place.component}.set_attn_processor(AttnProcessor2_0()), or whichever it had"
     way_out = next((way for word, way in _WAYS_OUT.items() if kind.__name__.startswith(word)), way_out)
     return (
-        f"{place.path} computes attention in {kind.__name__}, past {_KERNEL}, where maps are taken from. "
-        f"Switch it off: {way_out}."
+        f"{place.path} computes attention in {kind.__name__}, past {_KERNEL}, where maps, queries, "
+        f"keys and values are taken from. Switch it off: {way_out}."
     )
 
 

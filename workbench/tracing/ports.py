@@ -1,6 +1,6 @@
 """Ports: which value is meant at a module or method, and how to get hold of it.
 
-Further ports can be added by name (`add_port`); `workbench.attention.heads` adds ``heads``.
+Further ports can be added by name (`add_port`); `workbench.attention` adds those of attention layers.
 """
 
 from __future__ import annotations

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
+
+T = TypeVar("T")
 
 _MISSING = object()
 _HOOK_TABLES = {
@@ -94,6 +96,7 @@ class Rig:
         self._modules: dict[nn.Module, None] = {}
         self._wrapped: list[tuple[Any, str]] = []
         self._calls: dict[tuple[int, str], _Calls] = {}
+        self._beside: dict[tuple[int, type[Any]], Any] = {}
 
     def before(self, target: Target, hook: Before, *, last: bool = False) -> Owned:
         """Call ``hook(owner, args, kwargs)`` before each forward of a module, or each call of a method."""
@@ -123,6 +126,14 @@ class Rig:
         # Pipelines look at a method's signature to decide what to pass: without this, no generator.
         shadow.__wrapped__ = method
         target.__dict__[name] = shadow
+
+    def beside(self, target: nn.Module, kind: type[T], make: Callable[[], T]) -> T:
+        """Return what a port has put beside a module in this run, made when it is asked for first."""
+        key = (id(target), kind)
+        if key not in self._beside:
+            self._beside[key] = make()
+        found: T = self._beside[key]
+        return found
 
     def drop(self, owned: Owned) -> None:
         """Take one hook off."""

@@ -30,7 +30,8 @@ class Site:
         path: the module's path from the pipeline, ``unet.mid_block``, or a method's, ``vae.decode``.
         port: which value there; ``output`` is exactly what was returned, ``input`` the first
             argument, ``inputs`` the pair ``(args, kwargs)``, ``heads`` an attention layer's per-head
-            outputs.
+            outputs and ``text_heads`` those for the text, ``query``, ``key`` and ``value`` what it
+            hands to the kernel.
         leaf: the selector of one part where the port holds several, ``("sample",)`` or ``(1,)``.
     """
 

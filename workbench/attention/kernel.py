@@ -1,0 +1,87 @@
+"""The ports ``query``, ``key`` and ``value``: what an attention layer hands to the kernel.
+
+No module owns these values: they come after normalisation and rotary embeddings, with image and text put
+together where attention is joint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from workbench.attention.heads import head_count
+from workbench.errors import InputError
+from workbench.tracing.guards import KERNEL_PORTS
+from workbench.tracing.ports import PassBy, add_port
+from workbench.tracing.rig import Method, Owned, Rig, Target
+
+_ARGUMENTS = (*KERNEL_PORTS, "attn_mask", "dropout_p", "is_causal")
+
+
+class _Handover:
+    """Where one layer's values pass on their way to the kernel; its methods are what is hooked."""
+
+    def query(self, value: torch.Tensor) -> torch.Tensor:
+        return value
+
+    def key(self, value: torch.Tensor) -> torch.Tensor:
+        return value
+
+    def value(self, value: torch.Tensor) -> torch.Tensor:
+        return value
+
+
+class _Handing(TorchFunctionMode):
+    """Lets the values of the attention that is computed inside pass by."""
+
+    def __init__(self, handover: _Handover) -> None:
+        super().__init__()
+        self._handover = handover
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        handed = dict(kwargs or {})
+        if func is not functional.scaled_dot_product_attention:
+            return func(*args, **handed)
+        handed |= dict(zip(_ARGUMENTS, args, strict=False))
+        for port in KERNEL_PORTS:
+            handed[port] = getattr(self._handover, port)(handed[port])
+        return func(**handed)
+
+
+def attach(port: str, rig: Rig, target: Target, pass_by: PassBy) -> Owned:
+    """Hand what goes into the kernel, ``(batch, heads, tokens, head_dim)``, to ``pass_by``.
+
+    Keys and values may have fewer heads than queries, where these share them.
+
+    Raises:
+        InputError: the target is no attention layer.
+    """
+    if not isinstance(target, nn.Module) or head_count(target) is None:
+        named = type(target).__name__ if isinstance(target, nn.Module) else f"The method {target.name}"
+        raise InputError(f"{named} has no {port}. Ask an attention layer for it, such as '….attn1:{port}'.")
+    handover = rig.beside(target, _Handover, partial(_watch, rig, target))
+    return rig.after(Method(handover, port), lambda _owner, _args, _kwargs, value: pass_by(value))
+
+
+def _watch(rig: Rig, layer: nn.Module) -> _Handover:
+    handover = _Handover()
+
+    def shadow(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def inside(*args: Any, **kwargs: Any) -> Any:
+            with _Handing(handover):
+                return forward(*args, **kwargs)
+
+        return inside
+
+    rig.wrap(layer, "forward", shadow)
+    return handover
+
+
+for _port in KERNEL_PORTS:
+    add_port(_port, partial(attach, _port))
