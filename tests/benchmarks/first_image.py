@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from statistics import median
 
 from tests.benchmarks import beside
+from tests.benchmarks.processes import fresh
 from tests.benchmarks.table import PROMPT, Row, Setting
 from workbench.models.loading import locate
 
@@ -27,11 +25,6 @@ from nnsight import DiffusionModel
 model = DiffusionModel({folder!r}, dispatch=True)
 model.pipeline({prompt!r}, num_inference_steps={steps})
 """
-# Not getrusage: its peak is the parent's where the parent was larger.
-_PEAK = """
-with open("/proc/self/status") as status:
-    print(next(line for line in status if line.startswith("VmHWM")).split()[1])
-"""
 
 
 def rows(setting: Setting) -> Iterator[Row]:
@@ -49,13 +42,6 @@ def rows(setting: Setting) -> Iterator[Row]:
         "import workbench",
         f"{1000 * median(fresh('import workbench')[0] - fresh('')[0] for _ in range(5)):.0f} ms",
     )
-
-
-def fresh(program: str) -> tuple[float, int]:
-    """Run a program in a process of its own; return its seconds and its peak memory in KiB."""
-    began = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", program + _PEAK], capture_output=True, text=True, check=True)
-    return time.perf_counter() - began, int(done.stdout.split()[-1])
 
 
 def spell(measured: list[tuple[float, int]] | None) -> str:
