@@ -94,10 +94,18 @@ class Pool:
 
 
 @torch.no_grad()
-def encode_pool(vae: AutoencoderKL, count: int, seed: int, *, chunk: int = 250) -> Pool:
-    """Draw scenes and encode them once, so that training the denoiser needs no autoencoder."""
+def encode_pool(vae: AutoencoderKL, count: int, seed: int, *, pairs: float = 0.0, chunk: int = 250) -> Pool:
+    """Draw scenes and encode them once, so that training the denoiser needs no autoencoder.
+
+    Args:
+        vae: what encodes them.
+        count: how many.
+        seed: of the drawing.
+        pairs: share of them that must have two objects, the harder ones.
+        chunk: how many are encoded at a time.
+    """
     rng = np.random.default_rng(seed)
-    scenes = [sample(rng) for _ in range(count)]
+    scenes = [sample(rng, objects=2 if rng.random() < pairs else None) for _ in range(count)]
     parts = []
     for start in range(0, count, chunk):
         images = to_tensor(render_many(scenes[start : start + chunk]))
@@ -147,7 +155,7 @@ def draw_batch(
 def draw_timesteps(size: int, generator: torch.Generator) -> Tensor:
     """Draw timesteps, (size,): half of them anywhere, half where colour and shape are decided."""
     anywhere = torch.randint(1000, (size,), generator=generator)
-    deciding = torch.randint(550, 950, (size,), generator=generator)
+    deciding = torch.randint(550, 1000, (size,), generator=generator)
     return torch.where(torch.arange(size) % 2 == 0, anywhere, deciding)
 
 
