@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from workbench.interventions.attach import Attach as Attach
     from workbench.interventions.patch import Patch as Patch
     from workbench.models.diffuser import Diffuser as Diffuser
+    from workbench.models.loop import trace_loop as trace_loop
     from workbench.models.model import DiffusionModel as DiffusionModel
+    from workbench.models.spec import PipelineSpec as PipelineSpec
     from workbench.tracing.capture import Capture as Capture
     from workbench.tracing.record import Record as Record
     from workbench.tracing.storage.dataset import ActivationDataset as ActivationDataset
@@ -37,6 +39,7 @@ _HOMES = {
     "Diffuser": "workbench.models.diffuser",
     "DiffusionModel": "workbench.models.model",
     "Patch": "workbench.interventions.patch",
+    "PipelineSpec": "workbench.models.spec",
     "Record": "workbench.tracing.record",
     "Stream": "workbench.tracing.storage.stream",
     "Workbench": "workbench.widgets.app",
@@ -45,6 +48,7 @@ _HOMES = {
     "component_tree": "workbench.widgets.views",
     "save_html": "workbench.widgets.views",
     "step_scrubber": "workbench.widgets.views",
+    "trace_loop": "workbench.models.loop",
     "zoo": "workbench.zoo",
 }
 
@@ -57,6 +61,7 @@ __all__ = [
     "DiffusionModel",
     "Experiment",
     "Patch",
+    "PipelineSpec",
     "Record",
     "Stream",
     "Workbench",
@@ -66,6 +71,7 @@ __all__ = [
     "load_record",
     "save_html",
     "step_scrubber",
+    "trace_loop",
     "zoo",
 ]
 

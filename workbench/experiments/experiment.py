@@ -161,6 +161,6 @@ def defaults(model: DiffusionModel) -> dict[str, Any]:
     """Return the steps and guidance a model is at its best with: the zoo's, or the pipeline's own."""
     if model.reference in zoo.models():
         return zoo.settings(model.reference)
-    parameters = inspect.signature(model.pipeline.__call__).parameters
+    parameters = inspect.signature(model.pipeline).parameters
     names = ("num_inference_steps", "guidance_scale")
     return {name: parameters[name].default for name in names if name in parameters}

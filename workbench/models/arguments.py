@@ -20,7 +20,7 @@ def check(pipeline: Any, arguments: Mapping[str, Any]) -> None:
     """
     known = {
         name: each
-        for name, each in inspect.signature(pipeline.__call__).parameters.items()
+        for name, each in inspect.signature(pipeline).parameters.items()
         if each.kind is not inspect.Parameter.VAR_KEYWORD
     }
     if not _takes_others(pipeline):
@@ -31,6 +31,12 @@ def check(pipeline: Any, arguments: Mapping[str, Any]) -> None:
     steps = arguments.get("num_inference_steps")
     if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
         raise InputError(f"num_inference_steps={steps!r} is not a whole number of at least 1.")
+
+
+def takes_generator(pipeline: Any) -> bool:
+    """Whether a pipeline, or a loop, is handed its noise generator."""
+    known = inspect.signature(pipeline).parameters.values()
+    return any(each.name == "generator" or each.kind is inspect.Parameter.VAR_KEYWORD for each in known)
 
 
 def count_prompts(arguments: Mapping[str, Any]) -> int:
@@ -64,7 +70,7 @@ def _takes_others(pipeline: Any) -> bool:
     The pipelines of diffusers that end in ``**kwargs`` take `_LEGACY` there and drop all else without a
     word, so that a misspelt argument would go unnoticed.
     """
-    signature = inspect.signature(pipeline.__call__)
+    signature = inspect.signature(pipeline)
     if not any(each.kind is inspect.Parameter.VAR_KEYWORD for each in signature.parameters.values()):
         return False
     return not inspect.unwrap(type(pipeline).__call__).__module__.startswith("diffusers.pipelines.")

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from workbench import zoo
-from workbench.errors import InputError, LoadError, UnknownNameError, nearest
+from workbench.errors import InputError, LoadError, UnknownNameError, WorkbenchError, nearest
+from workbench.models import options
 from workbench.models.quiet import quiet_load
 
 
-def load(reference: Any, *, automodel: Any = None, **options: Any) -> tuple[Any, str]:
+def load(reference: Any, *, automodel: Any = None, **asked: Any) -> tuple[Any, str]:
     """Open a diffusion pipeline.
 
     Args:
         reference: a zoo name (``shapes-unet``), a folder, a Hub id (``owner/name``), or a live
             ``DiffusionPipeline``, which is used as it is.
         automodel: the class to open it with, or its name in diffusers; None is ``DiffusionPipeline``.
-        **options: passed to ``DiffusionPipeline.from_pretrained`` by name.
+        **asked: options of ``from_pretrained``, by name; see `workbench.models.options`.
 
     Returns:
         The pipeline, and the reference as text (empty for a live pipeline).
@@ -30,12 +34,11 @@ def load(reference: Any, *, automodel: Any = None, **options: Any) -> tuple[Any,
         InputError: something else altogether.
     """
     if isinstance(reference, (str, Path)):
-        folder = locate(str(reference))
         with quiet_load() if reference in zoo.models() else nullcontext():
-            return _from_pretrained(pipeline_class(automodel), folder, options), str(reference)
+            return _from_pretrained(pipeline_class(automodel), locate(str(reference)), asked), str(reference)
     if callable(reference) and hasattr(reference, "components"):
-        if options:
-            raise InputError(f"A live pipeline is used as it is; {', '.join(options)} cannot change it.")
+        if asked:
+            raise InputError(f"A live pipeline is used as it is; {', '.join(asked)} cannot change it.")
         return reference, ""
     raise InputError(
         f"{type(reference).__name__} is not a model. Give a zoo name ({', '.join(zoo.models())}), a folder, "
@@ -103,8 +106,64 @@ def pipeline_class(automodel: Any) -> Any:
     return found
 
 
-def _from_pretrained(kind: Any, folder: str, options: dict[str, Any]) -> Any:
+def dtype_of(given: torch.dtype | str) -> torch.dtype:
+    """Return a floating dtype of torch, given as it is or by its name.
+
+    Raises:
+        UnknownNameError: torch has no such dtype.
+        InputError: it is not a floating one, or no dtype at all.
+    """
+    known = [name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype)]
+    if isinstance(given, str):
+        name = given.removeprefix("torch.")
+        if name not in known:
+            raise UnknownNameError(f"torch has no dtype {given!r}.{nearest(name, known)}")
+        given = getattr(torch, name)
+    if not isinstance(given, torch.dtype) or not given.is_floating_point:
+        raise InputError(f"{given!r} is no dtype for weights. Give torch.bfloat16 or 'float16', say.")
+    return given
+
+
+def fetched(kind: Any, found: str, asked: Mapping[str, Any]) -> Path:
+    """Return the folder of a pipeline; one on the Hub is downloaded, or found where it was before.
+
+    Args:
+        kind: the pipeline class.
+        found: what `locate` returned.
+        asked: options of ``from_pretrained``.
+    """
+    if Path(found).is_dir():
+        return Path(found)
+    known = (*options.HUB, "variant", "use_safetensors", "custom_pipeline", "trust_remote_code")
+    return Path(kind.download(found, **{name: asked[name] for name in known if name in asked}))
+
+
+def _from_pretrained(kind: Any, folder: str, asked: Mapping[str, Any]) -> Any:
+    asked = {"use_safetensors": True, **options.renamed(asked)}
     try:
-        return kind.from_pretrained(folder, **options)
+        options.check(kind, folder, asked)
+        if asked.get("dtype") == "auto":
+            folder = str(fetched(kind, folder, asked))
+            asked["dtype"] = options.kept_dtypes(Path(folder), asked.get("variant"))
+        elif isinstance(asked.get("dtype"), Mapping):
+            asked["dtype"] = {name: dtype_of(each) for name, each in asked["dtype"].items()}
+        elif asked.get("dtype") is not None:
+            asked["dtype"] = dtype_of(asked["dtype"])
+        return kind.from_pretrained(folder, **asked)
+    except WorkbenchError:
+        raise
     except (OSError, ValueError, AttributeError, TypeError, ImportError, RuntimeError, KeyError) as error:
-        raise LoadError(f"{folder} could not be opened as a pipeline: {error}") from error
+        raise LoadError(
+            f"{folder} could not be opened as a pipeline: {error}{_pickled(folder, asked)}"
+        ) from error
+
+
+def _pickled(folder: str, asked: Mapping[str, Any]) -> str:
+    """Say what to do where the weights are there as pickles only."""
+    files = sorted(Path(folder).glob("*/*.bin")) if asked["use_safetensors"] else []
+    if not files or any(files[0].parent.glob("*.safetensors")):
+        return ""
+    return (
+        f"\n{files[0].parent.name} has its weights as a pickle, which can run code when it is loaded. If you "
+        "trust it, say so: use_safetensors=False."
+    )

@@ -3,36 +3,39 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import nn
 
-from workbench.attention import heads as _heads  # noqa: F401  makes the port known
+from workbench.attention import heads as _heads  # noqa: F401  makes the ports known
+from workbench.attention import kernel as _kernel  # noqa: F401  likewise
 from workbench.errors import BusyError, InputError, UnknownNameError, nearest
 from workbench.interventions.intervention import Intervention
 from workbench.models import arguments as checks
-from workbench.models.loading import load
+from workbench.models import asked
+from workbench.models.asked import Captured
+from workbench.models.loading import fetched, load, locate, pipeline_class
+from workbench.models.loop import Block, Loop, check_stepped, unreached
+from workbench.models.options import loading_info, renamed
 from workbench.models.proxy import ModuleProxy, proxy
 from workbench.models.shapes import Shapes
 from workbench.models.skeleton import Skeleton
-from workbench.tracing.capture import Capture as Chosen
+from workbench.models.spec import PipelineSpec, build
 from workbench.tracing.gradient import Differentiation, Gradient
 from workbench.tracing.graph import Graph
 from workbench.tracing.record import Record, RunSpec
 from workbench.tracing.replay import Replay
 from workbench.tracing.seeds import Seed, generators, normal
-from workbench.tracing.session import Listener, Probe, Session
+from workbench.tracing.session import Listener, Session
 from workbench.tracing.sites import Site, resolve
 from workbench.tracing.steps import Steps
 from workbench.tracing.system import System
 from workbench.tracing.trace import Trace
-
-Capture = str | Site | Probe
 
 
 class DiffusionModel:
@@ -75,6 +78,66 @@ class DiffusionModel:
         self.shapes: dict[str, str] = {}
         self._parts: dict[str, weakref.ref[nn.Module]] = {}
         self._take_in_parts()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        reference: str | Path,
+        *,
+        return_cached_folder: bool = False,
+        output_loading_info: bool = False,
+        **options: Any,
+    ) -> Any:
+        """Open a folder or a Hub id, with its weights, as ``DiffusionPipeline.from_pretrained`` does.
+
+        Args:
+            reference: a zoo name, a folder or a Hub id.
+            return_cached_folder: also return the folder that the model was loaded from.
+            output_loading_info: also return, by component, ``missing_keys`` and ``unexpected_keys``.
+            **options: of ``from_pretrained``, and ``automodel``.
+
+        Returns:
+            The model; with what else was asked for, a tuple of it, the info and the folder, in this order.
+        """
+        model = cls(reference, **options)
+        answers: list[Any] = [model]
+        if output_loading_info or return_cached_folder:
+            kind = pipeline_class(options.pop("automodel", None))
+            folder = fetched(kind, locate(str(reference)), renamed(options))
+            if output_loading_info:
+                answers.append(loading_info(folder, model.components))
+            if return_cached_folder:
+                answers.append(folder)
+        return answers[0] if len(answers) == 1 else tuple(answers)
+
+    @classmethod
+    def from_config(
+        cls,
+        reference: str | Path,
+        spec: PipelineSpec | Mapping[str, Any] | str | Path,
+        *,
+        dtype: torch.dtype | str | None = None,
+        seed: int | None = None,
+        **options: Any,
+    ) -> Self:
+        """Build a denoiser from its configuration, with random weights.
+
+        Args:
+            reference: a zoo name, a folder or a Hub id; of the denoiser only the configuration is read.
+            spec: what to build: a `PipelineSpec`, a dict, or the path of a YAML file with one.
+            dtype: of the weights, a dtype of torch or its name; None is float32.
+            seed: of the weights; None leaves them to torch's own generator.
+            **options: of ``from_pretrained``.
+
+        Raises:
+            InputError: a spec with unknown keys, or without ``transformer_cls``.
+            LoadError, UnknownNameError: it cannot be built; the message says why.
+
+        Example:
+            >>> spec = {"transformer_cls": "UNet2DConditionModel", "subfolder": "unet"}
+            >>> DiffusionModel.from_config("shapes-unet", {**spec, "load_full_pipeline": True}, seed=0)
+        """
+        return cls(build(reference, PipelineSpec.read(spec), dtype=dtype, seed=seed, **options))
 
     @property
     def pipeline(self) -> Any:
@@ -157,7 +220,7 @@ class DiffusionModel:
         prompt: Any = None,
         *,
         seed: Seed = None,
-        capture: Sequence[Capture] = (),
+        capture: Sequence[Captured] = (),
         interventions: Sequence[Intervention] = (),
         listener: Listener | None = None,
         **arguments: Any,
@@ -179,7 +242,7 @@ class DiffusionModel:
         """
         spec, call, rows = self._plan(prompt, seed, arguments)
         seen = Shapes()
-        probes = _listed(capture) if self.shapes else [*_listed(capture), seen]
+        probes = asked.listed(capture) if self.shapes else [*asked.listed(capture), seen]
         record = self._run(spec, call, rows, probes, interventions, listener, replay=None)
         self.shapes = self.shapes or seen.text()
         return record
@@ -231,12 +294,69 @@ class DiffusionModel:
             result=result or self._default_result(),
             result_step=result_step,
         )
-        edits = _checked(interventions)
+        edits = asked.changes(interventions)
         spec = spec.model_copy(update={"interventions": tuple(edits)})
         session = Session(self._system(), call, spec, rows=rows, edits=[*edits, probe.taps], probes=[probe])
         self._perform(session)
         assert probe.gradient is not None
         return probe.gradient
+
+    def trace_loop(
+        self,
+        prompt: Any = None,
+        *,
+        components: Mapping[str, Any] | None = None,
+        capture: Sequence[Captured] = (),
+        interventions: Sequence[Intervention] = (),
+        listener: Listener | None = None,
+        samples: int = 1,
+    ) -> Block:
+        """Watch and edit a denoising loop that stands in the ``with`` block itself.
+
+        What is wanted is said here: inside the block your code is the run. Such a run cannot be forked; a
+        loop in a function can, see `workbench.trace_loop`.
+
+        Args:
+            prompt: the words that the loop uses, so that it is known which branch has them.
+            components: parts that the loop uses in place of the model's: ``{"scheduler": scheduler}``.
+            capture: as in `record`.
+            interventions: as in `record`.
+            listener: as in `record`.
+            samples: how many samples the loop makes at once.
+
+        Raises:
+            BusyError: the model is already running.
+            OutOfOrderError: after the block, if none of the schedulers was stepped.
+
+        Example:
+            >>> with model.trace_loop(capture=["unet.mid_block"]) as run:
+            ...     for t in scheduler.timesteps:
+            ...         noise = model.pipeline.unet(sample, t, words).sample
+            ...         sample = scheduler.step(noise, t, sample).prev_sample
+            >>> run.record.latents
+        """
+        self.dispatch()
+        self._take_in_parts()
+        sites = [Site.parse(each) for each in asked.listed(capture) if isinstance(each, (str, Site))]
+        probes = [each for each in capture if not isinstance(each, (str, Site))]
+        edits = asked.changes(interventions)
+        spec = RunSpec(
+            model=self._reference,
+            arguments={} if prompt is None else {"prompt": prompt},
+            capture=asked.captured(capture),
+            interventions=tuple(edits),
+        )
+        session = Session(
+            System({**self.components, **(components or {})}, unreached),
+            spec.arguments,
+            spec,
+            rows=samples,
+            edits=edits,
+            capture=sites,
+            probes=probes,
+            listener=listener,
+        )
+        return Block(session, begin=self._occupy, end=self._end)
 
     def _default_result(self) -> str:
         return "vae.decode" if callable(getattr(self.components.get("vae"), "decode", None)) else "latents"
@@ -246,15 +366,15 @@ class DiffusionModel:
         spec: RunSpec,
         call: Mapping[str, Any],
         rows: int | None,
-        capture: Sequence[Capture],
+        capture: Sequence[Captured],
         interventions: Sequence[Intervention],
         listener: Listener | None,
         replay: Replay | None,
     ) -> Record:
         sites = [Site.parse(each) for each in capture if isinstance(each, (str, Site))]
         probes = [each for each in capture if not isinstance(each, (str, Site))]
-        edits = _checked(interventions)
-        spec = spec.model_copy(update={"capture": _captured(capture), "interventions": tuple(edits)})
+        edits = asked.changes(interventions)
+        spec = spec.model_copy(update={"capture": asked.captured(capture), "interventions": tuple(edits)})
         session = Session(
             self._system(),
             call,
@@ -272,12 +392,14 @@ class DiffusionModel:
         try:
             try:
                 self._occupy(session)
-                with _global_noise(session.replay):
+                with session.replay.global_noise() if session.replay is not None else nullcontext():
                     record = session.run()
             finally:
-                self._leave(session)
+                self._end(session)
         finally:
-            self._leave(session)
+            self._end(session)
+        if isinstance(self._loaded, Loop):
+            check_stepped(record)
         self._finish(record)
         return record
 
@@ -285,7 +407,7 @@ class DiffusionModel:
         """Run ``record`` again from ``step`` with ``changes``; called by `Record.fork`."""
         changes = dict(changes)
         old = record.spec
-        capture = _listed(changes.pop("capture", old.capture))
+        capture = asked.listed(changes.pop("capture", old.capture))
         interventions = changes.pop("interventions", old.interventions)
         listener = changes.pop("listener", None)
         if "seed" in changes:
@@ -311,9 +433,12 @@ class DiffusionModel:
         if seed is not None:
             if "generator" in call:
                 raise InputError("Give a seed or a generator, not both.")
-            call["generator"] = generators(seed, prompts=prompts, images=images)
+            noise = generators(seed, prompts=prompts, images=images)
+            if checks.takes_generator(self._loaded):
+                call["generator"] = noise
         spec = RunSpec(model=self._reference, arguments=given, seed=normal(seed))
-        return spec, call, prompts * images
+        samples = self._loaded.samples if isinstance(self._loaded, Loop) else None
+        return spec, call, samples or prompts * images
 
     def _system(self) -> System:
         return System(self.components, self._loaded)
@@ -342,6 +467,11 @@ class DiffusionModel:
                 "would mix their values."
             )
 
+    def _end(self, session: Session) -> None:
+        """Leave nothing of a run on the model; called twice, for an interrupt in the first."""
+        session.rig.sweep()
+        self._leave(session)
+
     def _leave(self, run: object) -> None:
         if self._running.get("run") is run:
             self._trace = None
@@ -368,57 +498,3 @@ class DiffusionModel:
     def __repr__(self) -> str:
         parts = ", ".join(self.components)
         return f"DiffusionModel({self._reference or self.automodel.__name__}: {parts})"
-
-
-def _checked(interventions: Sequence[Intervention]) -> list[Intervention]:
-    if isinstance(interventions, Intervention):
-        raise InputError("interventions takes a list: interventions=[wb.Patch(…)].")
-    edits = list(interventions)
-    for each in edits:
-        if not isinstance(each, Intervention):
-            raise InputError(f"{each!r} is not an intervention. Give wb.Patch(…) or another of them.")
-    return edits
-
-
-def _listed(capture: Sequence[Capture]) -> list[Capture]:
-    """Refuse a lone site, which as a sequence would be its letters."""
-    if isinstance(capture, (str, Site)):
-        raise InputError(f"capture takes a list of sites: capture=[{str(capture)!r}].")
-    if not isinstance(capture, Iterable):
-        raise InputError(f"capture takes a list: capture=[{type(capture).__name__}(…)].")
-    return list(capture)
-
-
-def _captured(asked: Sequence[Capture]) -> tuple[str | Chosen, ...]:
-    """Return which sites the record will hold, as data.
-
-    Raises:
-        InputError: something that captures nothing, or a site in two ways.
-    """
-    for each in asked:
-        if not isinstance(each, (str, Site)) and not hasattr(each, "watching"):
-            raise InputError(f"{each!r} captures nothing. Give a site, wb.Capture(…) or another probe.")
-    sites = [str(Site.parse(each)) for each in asked if isinstance(each, (str, Site))]
-    chosen = [each.site for each in asked if isinstance(each, Chosen)]
-    for site in chosen:
-        if site in sites or chosen.count(site) > 1:
-            raise InputError(f"{site} is captured in two ways in one run. Give one of them.")
-    return tuple(
-        each if isinstance(each, Chosen) else str(Site.parse(each))
-        for each in asked
-        if isinstance(each, (str, Site, Chosen))
-    )
-
-
-@contextmanager
-def _global_noise(replay: Replay | None) -> Iterator[None]:
-    """Give a replay the global generator its run had, and the caller theirs back."""
-    if replay is None or replay.record.rng_state is None:
-        yield
-        return
-    state = torch.get_rng_state()
-    torch.set_rng_state(replay.record.rng_state)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)

@@ -20,7 +20,13 @@ def _dispatch_modes() -> list[Any]:
 
 @dataclass
 class Ambient:
-    """Grad mode, CPU autocast and the stacks of torch function and dispatch modes of one side."""
+    """Grad mode, CPU autocast, the stacks of torch function and dispatch modes of one side.
+
+    Attributes:
+        noise: the state of torch's own random numbers, where each side has its own; else None.
+    """
+
+    noise: torch.Tensor | None = None
 
     grad: bool = field(default_factory=torch.is_grad_enabled)
     autocast: bool = field(default_factory=lambda: torch.is_autocast_enabled("cpu"))
@@ -31,6 +37,8 @@ class Ambient:
         """Make this the thread's state."""
         torch.set_grad_enabled(self.grad)
         torch.set_autocast_enabled("cpu", self.autocast)
+        if self.noise is not None:
+            torch.set_rng_state(self.noise)
         if _dispatch_modes() != self.dispatch_modes:
             for mode in reversed(_dispatch_modes()):
                 dispatch._pop_mode(getattr(mode, "_mode_key", None))

@@ -6,7 +6,8 @@ states they had, so what follows is exact for any pipeline and scheduler.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,19 @@ class Replay:
     def covers(self, row: Row) -> bool:
         """Whether ``row`` is repeated."""
         return row.step < self.until
+
+    @contextmanager
+    def global_noise(self) -> Iterator[None]:
+        """Give the run torch's global generator as the recorded one had it, and the caller theirs back."""
+        if self.record.rng_state is None:
+            yield
+            return
+        state = torch.get_rng_state()
+        torch.set_rng_state(self.record.rng_state)
+        try:
+            yield
+        finally:
+            torch.set_rng_state(state)
 
     def attach(self, rig: Rig, clock: Clock) -> None:
         """Shadow each denoiser's forward, and hand the scheduler the recorded guided prediction."""

@@ -110,7 +110,29 @@ class Session:
             self.clock.ticked.append(listener.ticked)
 
     def run(self) -> Record:
-        """Run to the end.
+        """Run to the end."""
+        with self.watching() as record, self._noise():
+            record.output = self.system.call(**self.arguments)
+        return record
+
+    @property
+    def own_noise(self) -> bool:
+        """Whether the run's seed is torch's own: there is no generator to hand it to."""
+        return self.record.spec.seed is not None and "generator" not in self.arguments
+
+    @contextmanager
+    def _noise(self) -> Iterator[None]:
+        if not self.own_noise:
+            yield
+            return
+        seed = self.record.spec.seed
+        with torch.random.fork_rng([]):
+            torch.default_generator.manual_seed(seed if isinstance(seed, int) else seed[0])
+            yield
+
+    @contextmanager
+    def watching(self) -> Iterator[Record]:
+        """Watch and edit what is run inside.
 
         Whatever happens, everything put on the model is taken off again: the sweep stands in two
         nested ``finally``, so that an interrupt in the first leaves the second.
@@ -121,7 +143,7 @@ class Session:
                 with ExitStack() as stack:
                     for probe in self.probes:
                         stack.enter_context(probe.watching(self))
-                    self.record.output = self.system.call(**self.arguments)
+                    yield self.record
                 self.system.check_unchanged()
             except RunStopped as stopped:
                 stopped.record = self.record
@@ -133,7 +155,6 @@ class Session:
         self._check_edited()
         for probe in self.probes:
             probe.deliver(self.record)
-        return self.record
 
     def replaying(self, row: Row | None) -> bool:
         """Whether this call's output is a recorded one."""

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeGuard
 
-import greenlet
 import torch
 from torch import nn
 
 from workbench.errors import InputError, OutOfOrderError, TraceError
-from workbench.tracing.ambient import Ambient
+from workbench.tracing.coroutine import Coroutine
 from workbench.tracing.guards import check
 from workbench.tracing.ledger import Row
 from workbench.tracing.ports import hook_port
@@ -55,8 +53,7 @@ class Trace:
         self._begin = begin
         self._release = release
         self._finish = finish
-        self._coroutine: greenlet.greenlet | None = None
-        self._inside: Ambient | None = None
+        self._coroutine = Coroutine(session.run, own_noise=session.own_noise)
         self._pause: Pause | None = None
         self._seen: dict[Site, Any] = {}
         self._seen_in: Row | None = None
@@ -65,7 +62,6 @@ class Trace:
         self._within: Row | None = None
         self._wanted: Site | None = None
         self._catch: Callable[[Row], bool] | None = None
-        self._done = False
         self._ending = "by itself"
         self._open_paths: set[str] = set()
         self._targets: dict[Site, Target] = {}
@@ -73,16 +69,13 @@ class Trace:
         self._stopped = False
 
     def __enter__(self) -> Self:
-        if self._coroutine is not None:
+        if self._coroutine.begun:
             raise TraceError("A run happens once. Call model.generate(…) again for another.")
         try:
             self._begin(self)
             self._session.clock.started.append(self._call_starts)
             self._session.attached.append(self._open_entrances)
-            self._coroutine = greenlet.greenlet(self._session.run)
-            # A greenlet starts without context variables; the pipeline's output must find the cell's.
-            self._coroutine.gr_context = copy_context()
-            self._inside = Ambient()
+            self._coroutine.begin()
             return self
         except BaseException:
             self._take_off()
@@ -96,11 +89,11 @@ class Trace:
                 try:
                     if kind is None:
                         self._step, self._catch = None, None
-                        while not self._done:
+                        while not self.ended:
                             self._resume()
                         self._finish(self._session.record)
                 finally:
-                    self._end()
+                    self._coroutine.end()
             finally:
                 self._take_off()
         finally:
@@ -144,7 +137,7 @@ class Trace:
     @property
     def pred_x0(self) -> Any:
         """In the block: the clean sample predicted in this step, float32; after it: of every tick."""
-        if self._done:
+        if self.ended:
             return self.record.pred_x0
         args, kwargs = plain(self.value(Site("scheduler.step", "inputs")))
         return self._session.clock.predict(args, kwargs)
@@ -160,7 +153,7 @@ class Trace:
     @property
     def calls(self) -> Iterator[Row]:
         """The run's denoiser calls, where a step has several: each guidance branch, each half of a step."""
-        while not self._done and (row := self.go_to_next_call()) is not None:
+        while not self.ended and (row := self.go_to_next_call()) is not None:
             yield row
 
     @property
@@ -169,7 +162,7 @@ class Trace:
 
         Each gives the row of its first call. After the block: what the record has of each tick.
         """
-        return self.record.ticks if self._done else self._each_tick()
+        return self.record.ticks if self.ended else self._each_tick()
 
     def _each_tick(self) -> Iterator[Row]:
         last = None
@@ -181,12 +174,12 @@ class Trace:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        if not self._done and name not in ("ledger", "captured", "spec"):
+        if not self.ended and name not in ("ledger", "captured", "spec"):
             raise TraceError(f"run.{name} is there after the block has ended; the run is still going on.")
         return getattr(self._session.record, name)
 
     def _run_value(self, name: str) -> Any:
-        return getattr(self.record, name) if self._done else self.value(Site.parse(name))
+        return getattr(self.record, name) if self.ended else self.value(Site.parse(name))
 
     def value(self, site: Site) -> Any:
         """Return the value at ``site``, letting the pipeline run up to it."""
@@ -266,7 +259,7 @@ class Trace:
         The record then has no output, and its ledger ends with the call that was under way.
         """
         self._stopped, self._ending = True, "by run.stop()"
-        self._end()
+        self._coroutine.end()
         self._pause = None
 
     @property
@@ -327,7 +320,7 @@ class Trace:
     @property
     def ended(self) -> bool:
         """Whether the pipeline has run to its end."""
-        return self._done
+        return self._coroutine.ended
 
     def _reach(self, site: Site) -> Site:
         """Let the pipeline run until the value at ``site`` passes, if it has not; return its place."""
@@ -398,13 +391,13 @@ class Trace:
         self._session.rig.wrap(module, "forward", shadow)
 
     def _keep_hookable(self, path: str) -> None:
-        """Give every module around ``path`` a hook that does nothing.
+        """Give the module at ``path`` and every one around it a hook that does nothing.
 
         A module called without any hook takes a short cut past those added while it runs, and the
         block may well ask for its output from inside it.
         """
         parts = path.split(".")
-        for outer in (".".join(parts[:depth]) for depth in range(1, len(parts))):
+        for outer in (".".join(parts[:depth]) for depth in range(1, len(parts) + 1)):
             if outer not in self._open_paths:
                 self._open_paths.add(outer)
                 if outer in self._session.system.components:
@@ -422,16 +415,12 @@ class Trace:
 
     def _wait(self, pause: Pause) -> None:
         """In the pipeline: hand over to the block until it asks for more."""
-        self._pause, self._inside = pause, Ambient()
-        coroutine = self._coroutine
-        assert coroutine is not None
-        assert coroutine.parent is not None
-        coroutine.parent.switch()
+        self._pause = pause
+        self._coroutine.wait()
 
     def _resume(self) -> None:
         """In the block: let the pipeline go on until it waits or ends."""
-        coroutine = self._coroutine
-        if coroutine is None or self._done:
+        if self.ended or not self._coroutine.begun:
             asked = f"{self._wanted} passes no more: the run has" if self._wanted else "The run has"
             raise TraceError(
                 f"{asked} ended {self._ending}, after {self.record.ledger.steps} steps. Ask for a value "
@@ -440,35 +429,10 @@ class Trace:
         self._session.system.check_unchanged()
         self._pause = None
         try:
-            self._cross(coroutine.switch)
+            self._coroutine.resume()
         except BaseException as error:
             self._ending = f"by {type(error).__name__} ({error})"
             raise
-        finally:
-            self._done = coroutine.dead
-
-    def _end(self) -> None:
-        """Make the pipeline unwind if it has not ended."""
-        coroutine = self._coroutine
-        if coroutine is not None and not coroutine.dead and coroutine:
-            self._cross(partial(coroutine.throw, greenlet.GreenletExit))
-        self._done = True
-
-    def _cross(self, into: Callable[[], Any]) -> None:
-        """Go into the pipeline with its torch state, and come back with the block's."""
-        coroutine = self._coroutine
-        assert coroutine is not None
-        coroutine.parent = greenlet.getcurrent()
-        outside = Ambient()
-        try:
-            try:
-                if self._inside is not None:
-                    self._inside.restore()
-                into()
-            finally:
-                outside.restore()
-        finally:
-            outside.restore()
 
     def _forget_past_calls(self) -> None:
         if self._pause is not None and self._pause.row is not self._seen_in:

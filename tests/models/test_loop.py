@@ -1,0 +1,253 @@
+"""Loops written by hand: those of the tutorial that takes a pipeline apart, and what can go wrong."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, UniPCMultistepScheduler
+from PIL import Image
+
+import workbench as wb
+from tests import tiny
+from tests.watching import as_bytes, footprint
+from workbench.errors import BusyError, InputError, OutOfOrderError, TraceError, UnknownNameError
+
+SITE = "unet.mid_block"
+
+
+def unconditional():
+    """The tutorial's first loop: UNet2DModel and DDPMScheduler, noise from torch's own generator."""
+    pipeline = tiny.ddpm()
+    model, scheduler = pipeline.unet, DDPMScheduler()
+
+    def loop(steps=4):
+        scheduler.set_timesteps(steps)
+        size = model.config.sample_size
+        input = torch.randn((1, 3, size, size))
+        for t in scheduler.timesteps:
+            with torch.no_grad():
+                noisy_residual = model(input, t).sample
+            previous_noisy_sample = scheduler.step(noisy_residual, t, input).prev_sample
+            input = previous_noisy_sample
+        image = (input / 2 + 0.5).clamp(0, 1).squeeze()
+        image = (image.permute(1, 2, 0) * 255).round().to(torch.uint8).cpu().numpy()
+        return Image.fromarray(image)
+
+    return loop, {"unet": model, "scheduler": scheduler}
+
+
+def guided():
+    """The tutorial's second: the parts of Stable Diffusion, UniPC in place of PNDM, guidance by hand."""
+    pipeline = tiny.sd1()
+    vae, tokenizer = pipeline.vae, pipeline.tokenizer
+    text_encoder, unet = pipeline.text_encoder, pipeline.unet
+    scheduler = UniPCMultistepScheduler.from_config(pipeline.scheduler.config)
+
+    def loop(prompt, num_inference_steps=4, guidance_scale=7.5, generator=None):
+        prompt = [prompt] if isinstance(prompt, str) else prompt
+        batch_size = len(prompt)
+        text_input = tokenizer(
+            prompt,
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        with torch.no_grad():
+            text_embeddings = text_encoder(text_input.input_ids)[0]
+        max_length = text_input.input_ids.shape[-1]
+        uncond_input = tokenizer(
+            [""] * batch_size, padding="max_length", max_length=max_length, return_tensors="pt"
+        )
+        uncond_embeddings = text_encoder(uncond_input.input_ids)[0]
+        text_embeddings = torch.cat([uncond_embeddings, text_embeddings])
+        latents = torch.randn((batch_size, unet.config.in_channels, 8, 8), generator=generator)
+        latents = latents * scheduler.init_noise_sigma
+        scheduler.set_timesteps(num_inference_steps)
+        for t in scheduler.timesteps:
+            latent_model_input = torch.cat([latents] * 2)
+            latent_model_input = scheduler.scale_model_input(latent_model_input, timestep=t)
+            with torch.no_grad():
+                noise_pred = unet(latent_model_input, t, encoder_hidden_states=text_embeddings).sample
+            noise_pred_uncond, noise_pred_text = noise_pred.chunk(2)
+            noise_pred = noise_pred_uncond + guidance_scale * (noise_pred_text - noise_pred_uncond)
+            latents = scheduler.step(noise_pred, t, latents).prev_sample
+        latents = 1 / 0.18215 * latents
+        with torch.no_grad():
+            image = vae.decode(latents).sample
+        image = (image / 2 + 0.5).clamp(0, 1).squeeze()
+        image = (image.permute(1, 2, 0) * 255).to(torch.uint8).cpu().numpy()
+        return Image.fromarray(image)
+
+    parts = {"vae": vae, "tokenizer": tokenizer, "text_encoder": text_encoder, "unet": unet}
+    return loop, {**parts, "scheduler": scheduler}
+
+
+LOOPS = {"unconditional": (unconditional, {}), "guided": (guided, {"prompt": "a red circle"})}
+BOTH = pytest.mark.parametrize(("make", "arguments"), LOOPS.values(), ids=LOOPS)
+
+
+def bare(loop, arguments, seed):
+    """The loop's own picture from a seed, without the workbench."""
+    if arguments:
+        return loop(**arguments, generator=torch.Generator().manual_seed(seed))
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        return loop()
+
+
+@BOTH
+def test_a_loop_is_the_run_it_would_be_without(make, arguments):
+    loop, components = make()
+    alone_picture = bare(loop, arguments, 3)
+    before = footprint(SimpleNamespace(components=components))
+    torch.manual_seed(11)
+    alone = torch.randn(3)
+    torch.manual_seed(11)
+    record = wb.trace_loop(loop, components=components).record(**arguments, seed=3, capture=[SITE])
+    assert torch.equal(torch.randn(3), alone)
+    assert as_bytes(record.images[0]) == as_bytes(alone_picture)
+    assert footprint(SimpleNamespace(components=components)) == before
+
+
+@BOTH
+def test_its_ledger_has_steps_branches_and_places(make, arguments):
+    loop, components = make()
+    record = wb.trace_loop(loop, components=components).record(**arguments, seed=0, capture=[SITE])
+    scheduler = components["scheduler"]
+    assert [row.timestep for row in record.ledger] == [float(t) for t in scheduler.timesteps]
+    assert [row.step for row in record.ledger] == [0, 1, 2, 3]
+    assert record.ledger.branches == (("uncond", "cond") if arguments else ("cond",))
+    assert record.at(SITE, step=2, branch="cond").shape[0] == 1
+    assert len(record.latents) == len(record.pred_x0) == 4
+
+
+@BOTH
+def test_patches_and_forks_are_exact(make, arguments):
+    loop, components = make()
+    model = wb.trace_loop(loop, components=components)
+    source = model.record(**arguments, seed=0, capture=[SITE])
+    same = model.record(**arguments, seed=0, interventions=[wb.Patch(SITE, source=source)])
+    assert as_bytes(same.latents) == as_bytes(source.latents)
+    other = model.record(**arguments, seed=1)
+    patch = wb.Patch(SITE, source=source, steps=slice(2, None))
+    patched = model.record(**arguments, seed=1, interventions=[patch])
+    assert as_bytes(other.fork(2, interventions=[patch]).latents) == as_bytes(patched.latents)
+    assert as_bytes(patched.latents[:2]) == as_bytes(other.latents[:2])
+    assert as_bytes(patched.latents[2:]) != as_bytes(other.latents[2:])
+
+
+@BOTH
+def test_a_traced_loop_waits_where_its_values_are_read(make, arguments):
+    loop, components = make()
+    model = wb.trace_loop(loop, components=components)
+    record = model.record(**arguments, seed=0, capture=[SITE])
+    with model.generate(**arguments, seed=0) as run:
+        for step in run.steps:
+            torch.randn(5)
+            assert torch.equal(model.unet.mid_block.output, record.at(SITE, step=step.index))
+    assert as_bytes(run.latents) == as_bytes(record.latents)
+
+
+def test_prompts_in_a_loop_have_attention_and_changes_of_their_own():
+    loop, components = guided()
+    model = wb.trace_loop(loop, components=components)
+    record = model.record("a red circle", seed=0, capture=[wb.Attention()])
+    assert [word.text for word in record.attention.words][1:4] == ["a", "red", "circle"]
+    double = wb.Attach(SITE, module=lambda value: 2 * value, branch="cond")
+    changed = model.record("a red circle", seed=0, interventions=[double], capture=[SITE])
+    plain = model.record("a red circle", seed=0, capture=[SITE])
+    for branch, factor in (("cond", 2), ("uncond", 1)):
+        values = [each.at(SITE, step=0, branch=branch) for each in (plain, changed)]
+        assert torch.equal(factor * values[0], values[1])
+
+
+def test_arguments_are_checked_like_a_pipelines():
+    loop, components = guided()
+    model = wb.trace_loop(loop, components=components)
+    with pytest.raises(UnknownNameError, match="guidance_scale"):
+        model.record("a red circle", guidance=3.0)
+
+
+def test_a_block_around_a_loop_takes_captures_and_changes():
+    pipeline = tiny.sd1()
+    model = wb.DiffusionModel(pipeline)
+    whole = model.record("a red circle", seed=0, num_inference_steps=4, capture=[SITE])
+    words = whole_embeddings(pipeline)
+    scheduler = pipeline.scheduler
+
+    def loop():
+        scheduler.set_timesteps(4)
+        latents = whole.initial.clone()
+        for t in scheduler.timesteps:
+            with torch.no_grad():
+                noise = pipeline.unet(torch.cat([latents] * 2), t, encoder_hidden_states=words).sample
+            uncond, cond = noise.chunk(2)
+            latents = scheduler.step(uncond + 7.5 * (cond - uncond), t, latents).prev_sample
+        return latents
+
+    before = footprint(pipeline)
+    with model.trace_loop("a red circle", capture=[SITE]) as run:
+        latents = loop()
+    assert footprint(pipeline) == before
+    torch.testing.assert_close(latents, whole.latents[-1])
+    assert run.ledger.branches == ("uncond", "cond")
+    torch.testing.assert_close(run.record.at(SITE, step=3), whole.at(SITE, step=3))
+    silent = wb.Attach(SITE, module=torch.zeros_like, steps=slice(2, None))
+    with model.trace_loop(capture=[SITE], interventions=[silent]) as run:
+        changed = loop()
+        run.output = Image.new("RGB", (4, 4))
+    assert run.images[0].size == (4, 4)
+    assert run.record.at(SITE, step=2).abs().max() == 0
+    assert run.record.at(SITE, step=1).abs().max() > 0
+    assert not torch.allclose(changed, latents)
+    with pytest.raises(InputError, match="Put the loop into a function"):
+        run.record.fork(2)
+
+
+def whole_embeddings(pipeline):
+    cond, uncond = pipeline.encode_prompt("a red circle", "cpu", 1, True)
+    return torch.cat([uncond, cond])
+
+
+def test_a_block_that_fails_leaves_nothing_and_the_model_runs_again():
+    pipeline = tiny.sd1()
+    model = wb.DiffusionModel(pipeline)
+    before = footprint(pipeline)
+    run = model.trace_loop(capture=[SITE])
+
+    def fail():
+        with run:
+            assert footprint(pipeline) != before
+            with pytest.raises(BusyError):
+                model.record("a red circle")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert footprint(pipeline) == before
+    with pytest.raises(TraceError, match="happens once"), run:
+        pass
+    assert model.record("a red circle", num_inference_steps=1).images
+
+
+def test_a_scheduler_that_nobody_named_is_missed():
+    loop, components = guided()
+    model = wb.trace_loop(loop, components={**components, "scheduler": DDPMScheduler()})
+    with pytest.raises(OutOfOrderError, match="called 4 times, and no scheduler") as caught:
+        model.record("a red circle", seed=0)
+    assert len(caught.value.record.ledger) == 4
+
+
+@pytest.mark.parametrize(
+    ("function", "parts", "said"),
+    [
+        (3, ("unet", "scheduler"), "takes the function"),
+        (print, ("scheduler",), "needs its denoiser.*DDPMScheduler"),
+        (print, ("unet",), "needs its scheduler.*UNet2DModel"),
+    ],
+)
+def test_what_is_no_loop_is_refused(function, parts, said):
+    _, components = unconditional()
+    with pytest.raises(InputError, match=said):
+        wb.trace_loop(function, components={name: components[name] for name in parts})

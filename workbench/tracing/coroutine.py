@@ -1,0 +1,88 @@
+"""`Coroutine`: a run that waits where it is told to, while the code that started it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import copy_context
+from functools import partial
+from typing import Any
+
+import greenlet
+import torch
+
+from workbench.tracing.ambient import Ambient
+
+
+class Coroutine:
+    """A function that can wait anywhere inside, also below code that knows nothing of it.
+
+    It runs in the thread of whoever lets it go on. Each side has torch's state (grad mode, autocast, mode
+    stacks) as it left it.
+
+    Args:
+        body: the function.
+        own_noise: whether torch's own random numbers are each side's own too.
+
+    Attributes:
+        ended: whether it has come to its end, or been ended.
+    """
+
+    def __init__(self, body: Callable[[], Any], *, own_noise: bool = False) -> None:
+        self.ended = False
+        self._own_noise = own_noise
+        self._body = body
+        self._greenlet: greenlet.greenlet | None = None
+        self._inside: Ambient | None = None
+
+    @property
+    def begun(self) -> bool:
+        """Whether `begin` was called."""
+        return self._greenlet is not None
+
+    def begin(self) -> None:
+        """Make it ready to go, with the torch state and the context variables of now."""
+        self._greenlet = greenlet.greenlet(self._body)
+        # A greenlet starts without context variables; what the body prints must find the cell's output.
+        self._greenlet.gr_context = copy_context()
+        self._inside = self._now()
+
+    def wait(self) -> None:
+        """In the body: hand over to the outside until it lets the body go on."""
+        self._inside = self._now()
+        assert self._greenlet is not None
+        assert self._greenlet.parent is not None
+        self._greenlet.parent.switch()
+
+    def resume(self) -> None:
+        """Outside: let the body go on until it waits or ends; what it raises is raised here."""
+        coroutine = self._greenlet
+        assert coroutine is not None
+        try:
+            self._cross(coroutine, coroutine.switch)
+        finally:
+            self.ended = coroutine.dead
+
+    def end(self) -> None:
+        """Outside: make the body unwind from where it waits, if it waits."""
+        coroutine = self._greenlet
+        if coroutine is not None and not coroutine.dead and coroutine:
+            self._cross(coroutine, partial(coroutine.throw, greenlet.GreenletExit))
+        self.ended = True
+
+    def _now(self) -> Ambient:
+        return Ambient(noise=torch.get_rng_state() if self._own_noise else None)
+
+    def _cross(self, coroutine: greenlet.greenlet, into: Callable[[], Any]) -> None:
+        """Go into the body with its torch state, and come back with the outside's."""
+        coroutine.parent = greenlet.getcurrent()
+        outside = self._now()
+        # Twice: an interrupt may come in the middle of the first.
+        try:
+            try:
+                if self._inside is not None:
+                    self._inside.restore()
+                into()
+            finally:
+                outside.restore()
+        finally:
+            outside.restore()
