@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from tests.benchmarks import first_image, gradients, overhead, patching, scrub_rate
+from tests.benchmarks import first_image, gradients, overhead, patching, scrub_rate, trees
 from tests.benchmarks.table import Row, Setting, as_markdown, as_text
 from workbench import zoo
 
@@ -43,7 +43,14 @@ def main() -> None:
 
 def measure(setting: Setting) -> Iterator[Row]:
     """Yield every row, saying which as it comes."""
-    for benchmark in (overhead.rows, patching.rows, gradients.rows, first_image.rows, scrub_rate.rows):
+    for benchmark in (
+        overhead.rows,
+        patching.rows,
+        gradients.rows,
+        first_image.rows,
+        trees.rows,
+        scrub_rate.rows,
+    ):
         for row in benchmark(setting):
             print(f"{row.what}: {row.value}", flush=True)
             yield row

@@ -5,6 +5,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from tests import tiny
+from tests.tiny import large
 from tests.watching import as_bytes
 from workbench import zoo
 from workbench.errors import LoadError, TraceError, UnknownNameError
@@ -137,3 +138,15 @@ def test_a_hub_repository_is_looked_up_without_its_weights(tmp_path, monkeypatch
     assert devices(model) == {"meta"}
     with pytest.raises(LoadError, match="could not be opened"):
         model.record(**RUN)
+
+
+@pytest.mark.parametrize("name", large.PARAMETERS)
+def test_the_tree_of_a_large_model_needs_no_weights(name, tmp_path):
+    model = DiffusionModel(large.write(tmp_path, name), dispatch=False)
+    nodes = {node.path: node for node in outline(model)}
+    for part, parameters in large.PARAMETERS[name].items():
+        assert nodes[part].parameters == parameters
+    assert {node.device for node in nodes.values()} <= {"meta", ""}
+    with pytest.raises(LoadError, match="could not be opened"):
+        model.dispatch()
+    assert not model.dispatched

@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, f
 from workbench import zoo
 from workbench.errors import InputError, UnknownNameError
 from workbench.interventions.patch import Patch
-from workbench.models.model import Capture, DiffusionModel
+from workbench.models.asked import Captured
+from workbench.models.model import DiffusionModel
 from workbench.tracing.record import Record
 from workbench.tracing.session import Listener
 from workbench.tracing.sites import Site
@@ -119,7 +120,7 @@ class Experiment(BaseModel):
         self,
         model: DiffusionModel | None = None,
         *,
-        capture: tuple[Capture, ...] = (),
+        capture: tuple[Captured, ...] = (),
         listener: Listener | None = None,
     ) -> Outcome:
         """Run source, target and, if there are patches, the patched target.

@@ -15,6 +15,7 @@ from torch import nn
 from workbench.errors import LoadError
 from workbench.models.loading import locate, pipeline_class
 
+_LIBRARIES = ("diffusers", "transformers")
 _TEXTS = ["*.json", "*.txt", "*.model", "*.py"]
 
 
@@ -82,9 +83,10 @@ def _part(folder: Path, entry: Any) -> Any:
     library, name = entry
     if name is None:
         return None
+    home = getattr(diffusers.pipelines, library, None)
     try:
-        home = getattr(diffusers.pipelines, library, None) or importlib.import_module(library)
-        cls = getattr(home, name)
+        # Any other library is code that a folder names and nobody asked to run.
+        cls = getattr(importlib.import_module(library) if library in _LIBRARIES else home, name)
     except (ImportError, AttributeError) as error:
         raise LoadError(f"{folder.name} is a {library}.{name}, which cannot be imported: {error}") from error
     try:

@@ -122,10 +122,10 @@ class Session:
 
     @contextmanager
     def _noise(self) -> Iterator[None]:
-        if not self.own_noise:
+        seed = self.record.spec.seed
+        if seed is None or not self.own_noise:
             yield
             return
-        seed = self.record.spec.seed
         with torch.random.fork_rng([]):
             torch.default_generator.manual_seed(seed if isinstance(seed, int) else seed[0])
             yield

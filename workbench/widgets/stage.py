@@ -15,8 +15,9 @@ from workbench.errors import GuardError
 from workbench.experiments.experiment import Experiment
 from workbench.experiments.metrics import difference, towards
 from workbench.experiments.patchmap import PatchMap
+from workbench.models.asked import Captured
 from workbench.models.decoding import Decoder
-from workbench.models.model import Capture, DiffusionModel
+from workbench.models.model import DiffusionModel
 from workbench.models.outline import patch_sites
 from workbench.models.shapes import Shapes
 from workbench.tracing.record import Record
@@ -102,7 +103,7 @@ class Stage:
             return ""
         return str(shapes.read(image))
 
-    def _record(self, prompt: str, settings: dict[str, Any], capture: tuple[Capture, ...]) -> Record:
+    def _record(self, prompt: str, settings: dict[str, Any], capture: tuple[Captured, ...]) -> Record:
         """Run with attention where the model's can be seen; without, where it cannot."""
         try:
             return self.model.record(prompt, capture=(*capture, Attention(dtype=torch.float16)), **settings)
