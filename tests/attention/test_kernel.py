@@ -96,6 +96,16 @@ def test_what_hands_nothing_to_the_kernel_says_so():
         model.record(**arguments, capture=[f"{SD}:value"])
 
 
+def test_a_block_around_layers_and_a_layer_with_half_a_batch_say_so():
+    model, arguments = opened("sd1")
+    with pytest.raises(InputError, match="BasicTransformerBlock has no query"):
+        model.record(**arguments, capture=[f"{SD.removesuffix('.attn2')}:query"])
+    perturbed = DiffusionModel(tiny.sd1_pag())
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1"
+    with pytest.raises(GuardError, match=r"hands \d of 3 rows|twice in one call"):
+        perturbed.record(**arguments, seed=0, capture=[f"{layer}:value"])
+
+
 @pytest.mark.parametrize("name", ["sd3", "flux"])
 def test_the_heads_of_the_text_are_what_its_projection_is_given(name):
     model, arguments = opened(name)

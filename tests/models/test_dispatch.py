@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
 
 
 def test_the_tree_is_that_of_the_loaded_model_without_its_weights(folder):
-    waiting, loaded = DiffusionModel(folder, dispatch=False), DiffusionModel(folder)
+    waiting, loaded = DiffusionModel(folder), DiffusionModel(folder, dispatch=True)
     assert (waiting.dispatched, loaded.dispatched) == (False, True)
     assert devices(waiting) == {"meta"}
     assert list(waiting.components) == list(loaded.components)
@@ -150,3 +150,20 @@ def test_the_tree_of_a_large_model_needs_no_weights(name, tmp_path):
     with pytest.raises(LoadError, match="could not be opened"):
         model.dispatch()
     assert not model.dispatched
+
+
+def test_a_place_taken_before_the_weights_is_the_loaded_one_after():
+    model = DiffusionModel("shapes-unet", dispatch=False)
+    place = model.unet.conv_in
+    assert place.module.weight.is_meta
+    model.dispatch()
+    assert place.module is model.pipeline.unet.conv_in
+    assert not place.weight.is_meta
+
+
+def test_folders_wait_for_their_first_use_and_the_zoo_does_not(folder):
+    assert [DiffusionModel(each).dispatched for each in (folder, str(folder), "shapes-unet")] == [
+        False,
+        False,
+        True,
+    ]

@@ -44,6 +44,7 @@ def test_a_folder_is_opened_by_text_or_path(folder, spelled):
 
 def test_options_go_to_the_pipeline(folder):
     model = DiffusionModel(folder, torch_dtype=torch.float64)
+    model.dispatch()
     assert model.unet.dtype is torch.float64
 
 
@@ -58,8 +59,9 @@ def test_a_hub_id_is_left_to_the_hub():
 
 
 def test_a_hub_id_that_cannot_be_reached_is_an_error_of_ours():
-    with pytest.raises(LoadError, match="no-such-owner/no-such-model could not be opened"):
-        DiffusionModel("no-such-owner/no-such-model", local_files_only=True)
+    for dispatch, said in ((True, "opened"), (None, "looked up")):
+        with pytest.raises(LoadError, match=f"no-such-owner/no-such-model could not be {said}"):
+            DiffusionModel("no-such-owner/no-such-model", local_files_only=True, dispatch=dispatch)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +135,8 @@ def other_shape(path):
     "damage", [broken_class, lost_part, lost_weights, broken_weights, broken_config, other_shape]
 )
 def test_a_damaged_folder_is_an_error_that_names_it(copy, damage):
-    DiffusionModel(copy)
+    DiffusionModel(copy).dispatch()
     damage(copy)
-    with pytest.raises(WorkbenchError, match=str(copy)):
-        DiffusionModel(copy)
+    for dispatch in (True, None):
+        with pytest.raises(WorkbenchError, match=str(copy)):
+            DiffusionModel(copy, dispatch=dispatch).dispatch()

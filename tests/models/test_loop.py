@@ -187,7 +187,7 @@ def test_a_block_around_a_loop_takes_captures_and_changes():
         return latents
 
     before = footprint(pipeline)
-    with model.trace_loop("a red circle", capture=[SITE]) as run:
+    with model.trace_loop(capture=[SITE], branches=("uncond", "cond")) as run:
         latents = loop()
     assert footprint(pipeline) == before
     torch.testing.assert_close(latents, whole.latents[-1])
@@ -231,12 +231,167 @@ def test_a_block_that_fails_leaves_nothing_and_the_model_runs_again():
     assert model.record("a red circle", num_inference_steps=1).images
 
 
-def test_a_scheduler_that_nobody_named_is_missed():
+# Which branch is which
+
+
+def spoken(order, *, together, encode=True):
+    """A loop whose guidance comes in an order of its own, in one call a step or in two."""
+    pipeline = tiny.sd1()
+    unet, scheduler = pipeline.unet, pipeline.scheduler
+    ready = {text: told(pipeline, text) for text in ("a red circle", "")}
+
+    def loop(prompt):
+        words = {"cond": prompt, "uncond": ""}
+        words = {name: told(pipeline, text) if encode else ready[text] for name, text in words.items()}
+        scheduler.set_timesteps(2)
+        latents = torch.randn(1, 4, 8, 8)
+        for t in scheduler.timesteps:
+            with torch.no_grad():
+                if together:
+                    text = torch.cat([words[name] for name in order])
+                    parts = unet(torch.cat([latents] * 2), t, encoder_hidden_states=text).sample.chunk(2)
+                else:
+                    parts = [unet(latents, t, encoder_hidden_states=words[name]).sample for name in order]
+            made = dict(zip(order, parts, strict=True))
+            guided = made["uncond"] + 5 * (made["cond"] - made["uncond"])
+            latents = scheduler.step(guided, t, latents).prev_sample
+        return latents
+
+    return loop, pipeline.components
+
+
+@torch.no_grad()
+def told(pipeline, text):
+    ids = pipeline.tokenizer(text, padding="max_length", return_tensors="pt").input_ids
+    return pipeline.text_encoder(ids)[0]
+
+
+ORDERS = pytest.mark.parametrize("order", [("cond", "uncond"), ("uncond", "cond")])
+
+
+def layout(record):
+    return [row.branches for row in record.ledger.at(1)]
+
+
+@ORDERS
+def test_the_words_tell_a_loops_branches_whatever_their_order(order):
+    for together in (True, False):
+        loop, components = spoken(order, together=together)
+        record = wb.trace_loop(loop, components=components).record("a red circle", seed=0)
+        assert layout(record) == ([order] if together else [(name,) for name in order])
+
+
+@ORDERS
+def test_what_the_words_do_not_tell_is_numbered_unless_it_is_said(order):
+    for together in (True, False):
+        loop, components = spoken(order, together=together, encode=False)
+        record = wb.trace_loop(loop, components=components).record("a red circle", seed=0)
+        numbered = ("guide0", "guide1")
+        assert layout(record) == ([numbered] if together else [(name,) for name in numbered])
+        said = wb.trace_loop(loop, components=components, branches=order)
+        assert layout(said.record("a red circle", seed=0)) == (
+            [order] if together else [(name,) for name in order]
+        )
+
+
+# Samples and seeds
+
+
+def several(count):
+    _, components = unconditional()
+    unet, scheduler = components["unet"], components["scheduler"]
+
+    def loop(**settings):
+        scheduler.set_timesteps(2)
+        sample = torch.randn(count, 3, 16, 16)
+        for t in scheduler.timesteps:
+            with torch.no_grad():
+                sample = scheduler.step(unet(sample, t).sample, t, sample).prev_sample
+        return sample
+
+    return loop, components
+
+
+def test_how_many_samples_a_loop_makes_is_said():
+    loop, components = several(2)
+    with pytest.raises(InputError, match=r"makes 2 samples at once, and 1 were expected.*samples=2"):
+        wb.trace_loop(loop, components=components).record(seed=0)
+    record = wb.trace_loop(loop, components=components, samples=2).record(seed=0, capture=["unet.mid_block"])
+    assert record.ledger.branches == ("cond",)
+    assert record.at("unet.mid_block", step=0, branch="cond").shape[0] == 2
+
+
+def test_a_seed_always_has_an_effect_or_is_refused():
+    loop, components = several(1)
+    model = wb.trace_loop(loop, components=components)
+    first, again, other = (model.record(seed=seed).latents for seed in (0, 0, 1))
+    assert as_bytes(first) == as_bytes(again) != as_bytes(other)
+    assert model(seed=0) is not None
+    with pytest.raises(InputError, match="noise from one seed"):
+        model.record(seed=[0, 1])
+    with pytest.raises(InputError, match="The loop takes seed"):
+        wb.trace_loop(lambda prompt, seed=0: None, components=components)
+
+
+# What a loop leaves out
+
+
+def test_a_block_that_was_saved_cannot_be_forked_either(tmp_path):
+    loop, components = several(1)
+    model = wb.trace_loop(loop, components=components)
+    with model.trace_loop() as run:
+        loop()
+    run.record.save(tmp_path / "run")
+    with pytest.raises(InputError, match="Put the loop into a function"):
+        wb.load_record(tmp_path / "run", model=model).fork(1)
+
+
+def test_watching_a_block_changes_no_byte_of_its_loop():
+    loop, components = several(1)
+    model = wb.trace_loop(loop, components=components)
+    torch.manual_seed(4)
+    alone = loop()
+    torch.manual_seed(4)
+    with model.trace_loop(capture=["unet.mid_block"]) as run:
+        watched = loop()
+    assert as_bytes(watched) == as_bytes(alone) == as_bytes(run.latents[-1])
+
+
+def test_a_scheduler_or_denoiser_that_nobody_named_is_missed():
     loop, components = guided()
     model = wb.trace_loop(loop, components={**components, "scheduler": DDPMScheduler()})
-    with pytest.raises(OutOfOrderError, match="called 4 times, and no scheduler") as caught:
+    with pytest.raises(
+        OutOfOrderError, match=r"called 4 times.*stepped 0 times.*Give the scheduler"
+    ) as caught:
         model.record("a red circle", seed=0)
     assert len(caught.value.record.ledger) == 4
+    with pytest.raises(OutOfOrderError, match="Give the scheduler"), model.generate("a red circle", seed=0):
+        pass
+    other = wb.trace_loop(loop, components={**components, "unet": tiny.sd1().unet})
+    with pytest.raises(OutOfOrderError, match=r"called 0 times.*Give the denoiser"):
+        other.record("a red circle", seed=0)
+
+
+class Bare:
+    """A scheduler of one's own that returns no more than the sample."""
+
+    timesteps = torch.tensor([500, 0])
+
+    def step(self, output, timestep, sample):
+        return sample - 0.1 * output
+
+
+def test_a_scheduler_that_returns_a_bare_tensor_is_told_what_to_return():
+    _, components = unconditional()
+    scheduler, unet = Bare(), components["unet"]
+
+    def loop():
+        sample = torch.randn(1, 3, 16, 16)
+        for t in scheduler.timesteps:
+            sample = scheduler.step(unet(sample, t).sample, t, sample)
+
+    with pytest.raises(InputError, match=r"bare tensor.*\(sample,\)"):
+        wb.trace_loop(loop, components={"unet": unet, "scheduler": scheduler}).record(seed=0)
 
 
 @pytest.mark.parametrize(

@@ -26,26 +26,30 @@ def folder(saved, tmp_path):
     return shutil.copytree(saved, tmp_path / "model")
 
 
+def opened(reference, **options):
+    return DiffusionModel(reference, dispatch=True, **options)
+
+
 # Names of before
 
 
 @pytest.mark.parametrize("option", ["mirror", "resume_download"])
 def test_an_option_without_effect_warns_and_opens(saved, option):
     with pytest.warns(UserWarning, match=f"{option} has no effect any more"):
-        assert DiffusionModel(saved, **{option: True}).dispatched
+        assert opened(saved, **{option: True}).dispatched
 
 
 def test_a_renamed_option_keeps_its_meaning(saved):
     assert renamed({"use_auth_token": "secret", "torch_dtype": 1}) == {"token": "secret", "dtype": 1}
-    assert DiffusionModel(saved, use_auth_token="secret").dispatched
+    assert opened(saved, use_auth_token="secret").dispatched
     with pytest.raises(InputError, match="use_auth_token and token are the same"):
-        DiffusionModel(saved, use_auth_token="secret", token="other")
+        opened(saved, use_auth_token="secret", token="other")
 
 
 def test_what_returns_more_than_a_model_is_asked_of_from_pretrained(saved):
     for option in ("return_cached_folder", "output_loading_info"):
         with pytest.raises(InputError, match=r"DiffusionModel\.from_pretrained"):
-            DiffusionModel(saved, **{option: True})
+            opened(saved, **{option: True})
     model, folder = DiffusionModel.from_pretrained(saved, return_cached_folder=True)
     assert folder == saved
     assert model.dispatched
@@ -64,6 +68,18 @@ def test_loading_info_names_what_the_files_lack_and_have_too_many(folder):
     assert info["vae"] == {"missing_keys": [], "unexpected_keys": []}
 
 
+def test_tied_weights_are_not_missing(tmp_path):
+    tiny.CASES["flux"].build().save_pretrained(tmp_path)
+    _, info = DiffusionModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert "text_encoder_2" in info
+    assert all(each == {"missing_keys": [], "unexpected_keys": []} for each in info.values())
+
+
+def test_a_class_that_chooses_another_takes_its_own_options(saved):
+    model = opened(saved, automodel="AutoPipelineForText2Image", enable_pag=True)
+    assert model.automodel.__name__ == "StableDiffusionPAGPipeline"
+
+
 # Dtypes and files
 
 
@@ -72,15 +88,15 @@ def test_auto_is_the_dtype_of_the_weights(tmp_path):
     pipeline.unet.half()
     pipeline.text_encoder.to(torch.bfloat16)
     pipeline.save_pretrained(tmp_path)
-    model = DiffusionModel(tmp_path, torch_dtype="auto")
+    model = opened(tmp_path, torch_dtype="auto")
     assert model.pipeline.unet.dtype == torch.float16
     assert model.pipeline.text_encoder.dtype == torch.bfloat16
     assert model.pipeline.vae.dtype == torch.float32
-    assert DiffusionModel(tmp_path).pipeline.unet.dtype == torch.float32
+    assert opened(tmp_path).pipeline.unet.dtype == torch.float32
 
 
 def test_a_dtype_for_each_component(saved):
-    model = DiffusionModel(saved, dtype={"unet": "float16", "default": torch.float64})
+    model = opened(saved, dtype={"unet": "float16", "default": torch.float64})
     assert model.pipeline.unet.dtype == torch.float16
     assert model.pipeline.vae.dtype == torch.float64
 
@@ -100,14 +116,14 @@ def test_a_dtype_for_each_component(saved):
 )
 def test_what_an_option_cannot_be_is_said(saved, options, error, said):
     with pytest.raises(error, match=said):
-        DiffusionModel(saved, **options)
+        opened(saved, **options)
 
 
 def test_a_variant_is_opened(folder):
     pipeline = tiny.sd1().to(torch.float16)
     pipeline.save_pretrained(folder, variant="fp16")
     for options in ({}, {"variant": "fp16"}):
-        found = DiffusionModel(folder, torch_dtype="auto", **options)
+        found = opened(folder, torch_dtype="auto", **options)
         assert found.pipeline.unet.dtype == (torch.float16 if options else torch.float32)
 
 
@@ -117,12 +133,12 @@ def test_a_variant_is_opened(folder):
     "options", [{"low_cpu_mem_usage": False}, {"disable_mmap": True}, {"local_files_only": True}]
 )
 def test_options_of_loading_go_through(saved, options):
-    assert DiffusionModel(saved, **options).record("a red circle", num_inference_steps=1, seed=0).images
+    assert opened(saved, **options).record("a red circle", num_inference_steps=1, seed=0).images
 
 
 def test_components_can_be_given_and_left_out(saved):
     unet, scheduler = tiny.sd1().unet, DDPMScheduler()
-    model = DiffusionModel(saved, unet=unet, scheduler=scheduler, safety_checker=None)
+    model = opened(saved, unet=unet, scheduler=scheduler, safety_checker=None)
     assert model.pipeline.unet is unet
     assert model.pipeline.scheduler is scheduler
     assert "safety_checker" not in model.components
@@ -141,9 +157,9 @@ def test_a_hub_id_is_found_in_the_cache_without_a_network(saved, tmp_path):
     model, folder = DiffusionModel.from_pretrained("somebody/tiny", return_cached_folder=True, **offline)
     assert model.reference == "somebody/tiny"
     assert folder == home / "snapshots" / ("a" * 40)
-    second = DiffusionModel("somebody/tiny", revision="second", **offline)
+    second = opened("somebody/tiny", revision="second", **offline)
     assert second.pipeline.scheduler.config.num_train_timesteps == 7
-    assert DiffusionModel("somebody/tiny", torch_dtype="auto", **offline).pipeline.unet.dtype == torch.float32
+    assert opened("somebody/tiny", torch_dtype="auto", **offline).pipeline.unet.dtype == torch.float32
 
 
 # What could run code
@@ -163,12 +179,12 @@ def test_pickled_weights_are_opened_only_when_asked_for(folder):
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     torch.save(tiny.sd1().unet.state_dict(), folder / "unet" / "diffusion_pytorch_model.bin")
     with pytest.raises(LoadError, match=r"unet has its weights as a pickle.*use_safetensors=False"):
-        DiffusionModel(folder)
+        opened(folder)
     (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     torch.save(tiny.sd1().vae.state_dict(), folder / "vae" / "diffusion_pytorch_model.bin")
     (folder / "text_encoder" / "model.safetensors").unlink()
     torch.save(tiny.sd1().text_encoder.state_dict(), folder / "text_encoder" / "pytorch_model.bin")
-    model = DiffusionModel(folder, use_safetensors=False)
+    model = opened(folder, use_safetensors=False)
     assert model.record("a red circle", num_inference_steps=1, seed=0).images
 
 
@@ -179,7 +195,7 @@ def test_a_hostile_pickle_leaves_no_mark(folder, tmp_path):
     file.write_bytes(pickle.dumps(Payload(mark)))
     for options in ({}, {"use_safetensors": False}):
         with pytest.raises(LoadError):
-            DiffusionModel(folder, **options)
+            opened(folder, **options)
     assert not mark.exists()
     # Control: unpickled without care, it leaves its mark.
     pickle.loads(file.read_bytes()).close()
@@ -204,9 +220,9 @@ def test_code_from_elsewhere_runs_only_when_asked_for(saved, tmp_path):
     (own / "pipeline.py").write_text(OWN_CODE.format(mark=str(mark)))
     for custom in (str(own), "somebody/pipeline", "lpw_stable_diffusion"):
         with pytest.raises(InputError, match=r"custom_pipeline=.*trust_remote_code=True"):
-            DiffusionModel(saved, custom_pipeline=custom)
+            opened(saved, custom_pipeline=custom)
     assert not mark.exists()
-    model = DiffusionModel(saved, custom_pipeline=str(own), trust_remote_code=True)
+    model = opened(saved, custom_pipeline=str(own), trust_remote_code=True)
     assert mark.exists()
     assert model.automodel.__name__ == "OwnPipeline"
     assert model.record("a red circle", num_inference_steps=1, seed=0).images
@@ -217,7 +233,7 @@ def test_a_folder_with_code_of_its_own_is_opened_only_when_asked_for(folder, tmp
     (folder / "pipeline.py").write_text(OWN_CODE.format(mark=str(mark)))
     index.write_text(index.read_text().replace('"StableDiffusionPipeline"', '["pipeline", "OwnPipeline"]'))
     with pytest.raises(InputError, match=r"Python code of its own.*trust_remote_code=True"):
-        DiffusionModel(folder)
+        opened(folder)
     assert not mark.exists()
-    assert DiffusionModel(folder, trust_remote_code=True).automodel.__name__ == "OwnPipeline"
+    assert opened(folder, trust_remote_code=True).automodel.__name__ == "OwnPipeline"
     assert mark.exists()

@@ -1,6 +1,7 @@
 """Configuration and random weights: what a spec builds, and what it refuses."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def weights(model, name="unet"):
 def test_a_whole_pipeline_around_random_weights_is_traced_like_any(folders, name, spec):
     part = spec.get("subfolder", "transformer")
     model = wb.DiffusionModel.from_config(folders[name], {**spec, "load_full_pipeline": True}, seed=0)
-    opened = wb.DiffusionModel(folders[name])
+    opened = wb.DiffusionModel(folders[name], dispatch=True)
     assert {key: type(each) for key, each in model.components.items()} == {
         key: type(each) for key, each in opened.components.items()
     }
@@ -85,6 +86,29 @@ def test_a_denoiser_alone_has_its_tree_and_runs_in_a_loop_of_ones_own(folders):
             sample = scheduler.step(noise, t, sample).prev_sample
     assert torch.equal(run.latents[-1], sample)
     assert len(run.record["unet.mid_block"]) == 3
+
+
+def test_the_whole_pipeline_is_opened_with_every_check_of_its_options(folders, tmp_path):
+    whole = {**UNET, "load_full_pipeline": True}
+    copy = shutil.copytree(folders["sd1"], tmp_path / "copy")
+    (copy / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save(tiny.sd1().vae.state_dict(), copy / "vae" / "diffusion_pytorch_model.bin")
+    with pytest.raises(LoadError, match="use_safetensors=False"):
+        wb.DiffusionModel.from_config(copy, whole)
+    with pytest.raises(UnknownNameError, match="nonsense"):
+        wb.DiffusionModel.from_config(folders["sd1"], whole, nonsense=3)
+    with pytest.raises(InputError, match="variant is for a whole pipeline"):
+        wb.DiffusionModel.from_config(folders["sd1"], UNET, variant="fp16")
+    with pytest.raises(InputError, match="as dtype= only"):
+        wb.DiffusionModel.from_config(folders["sd1"], whole, torch_dtype=torch.float16)
+    with pytest.raises(InputError, match="trust_remote_code=True"):
+        wb.DiffusionModel.from_config(folders["sd1"], whole, custom_pipeline="lpw_stable_diffusion")
+
+
+def test_a_denoiser_alone_needs_no_more_than_its_configuration(folders, tmp_path):
+    (tmp_path / "unet").mkdir()
+    shutil.copy(folders["sd1"] / "unet" / "config.json", tmp_path / "unet")
+    assert list(wb.DiffusionModel.from_config(tmp_path, UNET).components) == ["unet"]
 
 
 def test_a_spec_can_be_a_file_and_part_of_a_larger_one(folders, tmp_path):

@@ -9,6 +9,7 @@ from functools import cache
 
 import psutil
 import pytest
+import torch
 from torch import nn
 
 from tests import tiny
@@ -20,10 +21,10 @@ from workbench.models.model import DiffusionModel
 from workbench.tracing.rig import Rig
 
 FAULTS = 90
-"""Of each run on each pipeline: 540 in all."""
+"""Of each run on each pipeline: 720 in all."""
 
 SOME = 10
-"""Of them, in the ordinary run of the tests: 60 in all."""
+"""Of them, in the ordinary run of the tests: 80 in all."""
 
 
 class Scene:
@@ -94,7 +95,15 @@ def in_a_block(scene):
             site.output = 0.5 * site.output
 
 
-RUNS = {"recorded": recorded, "forked": forked, "in a block": in_a_block}
+def around_a_loop(scene):
+    generator = torch.Generator().manual_seed(0)
+    asked = {name: given for name, given in scene.arguments.items() if name != "seed"}
+    patch = Patch(scene.site, source=scene.source)
+    with scene.model.trace_loop(capture=[scene.site], interventions=[patch]):
+        scene.pipeline(**asked, generator=generator)
+
+
+RUNS = {"recorded": recorded, "forked": forked, "in a block": in_a_block, "around a loop": around_a_loop}
 CASES = pytest.mark.parametrize(
     ("pipeline", "run"), [(pipeline, run) for pipeline in ("sd1", "flux") for run in RUNS]
 )

@@ -72,6 +72,13 @@ def test_the_pool_holds_the_latents_of_its_scenes(whole):
     assert not torch.allclose(pool.latents[4], latents[0], atol=0.1)
 
 
+def test_pairs_can_be_drawn_oftener(whole):
+    pipeline = StableDiffusionPipeline.from_pretrained(whole[1])
+    drawn = [encode_pool(pipeline.vae, 12, 0, pairs=pairs).scenes for pairs in (0.0, 1.0)]
+    assert {len(scene.things) for scene in drawn[0]} == {1, 2}
+    assert {len(scene.things) for scene in drawn[1]} == {2}
+
+
 def test_the_average_follows_the_weights_faster_at_first():
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.zeros_(model.weight)

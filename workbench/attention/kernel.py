@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from workbench.attention.heads import head_count
-from workbench.errors import InputError
+from workbench.errors import GuardError, InputError
 from workbench.tracing.guards import KERNEL_PORTS
 from workbench.tracing.ports import PassBy, add_port
 from workbench.tracing.rig import Method, Owned, Rig, Target
@@ -38,20 +38,39 @@ class _Handover:
 
 
 class _Handing(TorchFunctionMode):
-    """Lets the values of the attention that is computed inside pass by."""
+    """Lets the values of the attention that is computed inside pass by, once in each forward."""
 
-    def __init__(self, handover: _Handover) -> None:
+    def __init__(self, handover: _Handover, layer: nn.Module, batch: int | None) -> None:
         super().__init__()
         self._handover = handover
+        self._layer = layer
+        self._batch = batch
+        self._handed = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         handed = dict(kwargs or {})
         if func is not functional.scaled_dot_product_attention:
             return func(*args, **handed)
         handed |= dict(zip(_ARGUMENTS, args, strict=False))
+        self._check(handed["query"])
         for port in KERNEL_PORTS:
             handed[port] = getattr(self._handover, port)(handed[port])
         return func(**handed)
+
+    def _check(self, query: torch.Tensor) -> None:
+        """Refuse a layer that attends twice, or with part of its batch: whose values are these?"""
+        name = type(self._layer).__name__
+        if self._handed:
+            raise GuardError(
+                f"{name} hands values to the kernel twice in one call, as for an image prompt. Take them "
+                "from its projections instead (to_q, to_k, to_v), or switch that off."
+            )
+        if self._batch is not None and query.shape[0] != self._batch:
+            raise GuardError(
+                f"{name} hands {query.shape[0]} of {self._batch} rows to the kernel, as for perturbed "
+                "guidance. Take values from its projections instead (to_q, to_k, to_v), or switch that off."
+            )
+        self._handed = True
 
 
 def attach(port: str, rig: Rig, target: Target, pass_by: PassBy) -> Owned:
@@ -62,11 +81,15 @@ def attach(port: str, rig: Rig, target: Target, pass_by: PassBy) -> Owned:
     Raises:
         InputError: the target is no attention layer.
     """
-    if not isinstance(target, nn.Module) or head_count(target) is None:
+    if not isinstance(target, nn.Module) or head_count(target) is None or _holds_attention(target):
         named = type(target).__name__ if isinstance(target, nn.Module) else f"The method {target.name}"
         raise InputError(f"{named} has no {port}. Ask an attention layer for it, such as '….attn1:{port}'.")
     handover = rig.beside(target, _Handover, partial(_watch, rig, target))
     return rig.after(Method(handover, port), lambda _owner, _args, _kwargs, value: pass_by(value))
+
+
+def _holds_attention(module: nn.Module) -> bool:
+    return any(head_count(each) is not None for each in module.modules() if each is not module)
 
 
 def _watch(rig: Rig, layer: nn.Module) -> _Handover:
@@ -74,7 +97,8 @@ def _watch(rig: Rig, layer: nn.Module) -> _Handover:
 
     def shadow(forward: Callable[..., Any]) -> Callable[..., Any]:
         def inside(*args: Any, **kwargs: Any) -> Any:
-            with _Handing(handover):
+            first = next((each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)), None)
+            with _Handing(handover, layer, None if first is None else first.shape[0]):
                 return forward(*args, **kwargs)
 
         return inside

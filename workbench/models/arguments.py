@@ -33,10 +33,9 @@ def check(pipeline: Any, arguments: Mapping[str, Any]) -> None:
         raise InputError(f"num_inference_steps={steps!r} is not a whole number of at least 1.")
 
 
-def takes_generator(pipeline: Any) -> bool:
-    """Whether a pipeline, or a loop, is handed its noise generator."""
-    known = inspect.signature(pipeline).parameters.values()
-    return any(each.name == "generator" or each.kind is inspect.Parameter.VAR_KEYWORD for each in known)
+def takes(pipeline: Any, name: str) -> bool:
+    """Whether a pipeline, or a loop, has an argument of this name."""
+    return name in inspect.signature(pipeline).parameters
 
 
 def count_prompts(arguments: Mapping[str, Any]) -> int:

@@ -35,7 +35,7 @@ def load(reference: Any, *, automodel: Any = None, **asked: Any) -> tuple[Any, s
     """
     if isinstance(reference, (str, Path)):
         with quiet_load() if reference in zoo.models() else nullcontext():
-            return _from_pretrained(pipeline_class(automodel), locate(str(reference)), asked), str(reference)
+            return from_pretrained(pipeline_class(automodel), locate(str(reference)), asked), str(reference)
     if callable(reference) and hasattr(reference, "components"):
         if asked:
             raise InputError(f"A live pipeline is used as it is; {', '.join(asked)} cannot change it.")
@@ -134,11 +134,24 @@ def fetched(kind: Any, found: str, asked: Mapping[str, Any]) -> Path:
     """
     if Path(found).is_dir():
         return Path(found)
-    known = (*options.HUB, "variant", "use_safetensors", "custom_pipeline", "trust_remote_code")
-    return Path(kind.download(found, **{name: asked[name] for name in known if name in asked}))
+    known = ("variant", "use_safetensors", "custom_pipeline", "trust_remote_code")
+    others = {name: asked[name] for name in known if name in asked}
+    fetch = getattr(kind, "download", None) or pipeline_class(None).download
+    return Path(fetch(found, **options.asked_of_hub(asked), **others))
 
 
-def _from_pretrained(kind: Any, folder: str, asked: Mapping[str, Any]) -> Any:
+def from_pretrained(kind: Any, folder: str, asked: Mapping[str, Any]) -> Any:
+    """Open a pipeline with its weights, with every check of its options.
+
+    Args:
+        kind: the pipeline class.
+        folder: what `locate` returned.
+        asked: options of ``from_pretrained``.
+
+    Raises:
+        LoadError: it cannot be opened.
+        UnknownNameError, InputError: options that do not fit.
+    """
     asked = {"use_safetensors": True, **options.renamed(asked)}
     try:
         options.check(kind, folder, asked)

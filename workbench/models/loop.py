@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from PIL import Image
 
-from workbench.errors import InputError, OutOfOrderError, TraceError
+from workbench.errors import InputError, TraceError
 from workbench.tracing.record import Record
 from workbench.tracing.session import Session
 from workbench.tracing.system import System
 
 if TYPE_CHECKING:
     from workbench.models.model import DiffusionModel
+
+
+_OURS = ("seed", "capture", "interventions", "listener", "graph")
+"""What `DiffusionModel.record` and `generate` take themselves."""
 
 
 class Loop:
@@ -26,18 +30,31 @@ class Loop:
             ``num_inference_steps`` mean here what they mean in a pipeline. What it returns is the output.
         components: every module and scheduler it calls, by name.
         samples: how many samples it makes at once; None is one for each prompt.
+        branches: its guidance branches in their order; None tells them by the words.
 
     Raises:
-        InputError: no function, no denoiser or no scheduler.
+        InputError: no function, one whose arguments are called as ours are, no denoiser or no scheduler.
     """
 
     def __init__(
-        self, function: Callable[..., Any], components: Mapping[str, Any], *, samples: int | None = None
+        self,
+        function: Callable[..., Any],
+        components: Mapping[str, Any],
+        *,
+        samples: int | None = None,
+        branches: Sequence[str] | None = None,
     ) -> None:
         if not callable(function):
             raise InputError(f"trace_loop takes the function with your loop; {function!r} is none.")
+        taken = [name for name in inspect.signature(function).parameters if name in _OURS]
+        if taken:
+            raise InputError(
+                f"The loop takes {', '.join(taken)}, which record() takes itself and would not hand on. Call "
+                "it otherwise; for noise, take a generator."
+            )
         self.components = check_components(components)
         self.samples = samples
+        self.branches = None if branches is None else tuple(branches)
         self._function = function
         # Looked at, as that of a pipeline is, to know which arguments there are.
         self.__signature__ = inspect.signature(function)
@@ -83,21 +100,6 @@ def check_components(components: Mapping[str, Any]) -> dict[str, Any]:
     return parts
 
 
-def check_stepped(record: Record) -> None:
-    """Refuse a run without steps: its loop stepped another scheduler than it said.
-
-    Raises:
-        OutOfOrderError: with the record of what was seen.
-    """
-    if record.ledger and not record.ticks:
-        error = OutOfOrderError(
-            f"The denoiser was called {len(record.ledger)} times, and no scheduler of the components was "
-            "stepped, so there are no steps. Give the one that your loop steps: components={'scheduler': …}."
-        )
-        error.record = record
-        raise error
-
-
 class Block:
     """A ``with`` block that is itself the run: the loop stands in it, and what is wanted was said before.
 
@@ -105,12 +107,18 @@ class Block:
     """
 
     def __init__(
-        self, session: Session, *, begin: Callable[[Session], None], end: Callable[[Session], None]
+        self,
+        session: Session,
+        *,
+        begin: Callable[[Session], None],
+        end: Callable[[Session], None],
+        finish: Callable[[Record], None],
     ) -> None:
         self._session = session
         self._watching = session.watching()
         self._begin = begin
         self._end = end
+        self._finish = finish
         self._begun = False
 
     @property
@@ -131,13 +139,13 @@ class Block:
         if self._begun:
             raise TraceError("A run happens once. Call model.trace_loop(…) again for another.")
         self._begun = True
-        self._begin(self._session)
         try:
+            self._begin(self._session)
             self._watching.__enter__()
+            return self
         except BaseException:
             self._end(self._session)
             raise
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -150,8 +158,7 @@ class Block:
         finally:
             self._end(self._session)
         if kind is None:
-            check_stepped(self.record)
-            self.record.model = Unrepeatable()
+            self._finish(self.record)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -168,34 +175,26 @@ def unreached(**_: Any) -> Any:
     raise InputError("The run is the block itself; nothing is called.")
 
 
-class Unrepeatable:
-    """Stands for the model in the record of a `Block`, whose code cannot be run again."""
-
-    def fork(self, record: Record, step: int, changes: Mapping[str, Any]) -> Record:  # noqa: ARG002
-        """Refuse.
-
-        Raises:
-            InputError: always.
-        """
-        raise InputError(
-            "This run was a block of your own code, which cannot be run again. Put the loop into a function: "
-            "model = wb.trace_loop(function, components={…}); model.record(…).fork(…)."
-        )
-
-
 def trace_loop(
-    function: Callable[..., Any], *, components: Mapping[str, Any], samples: int | None = None
+    function: Callable[..., Any],
+    *,
+    components: Mapping[str, Any],
+    samples: int | None = None,
+    branches: Sequence[str] | None = None,
 ) -> DiffusionModel:
     """Open a denoising loop of one's own as a model: ledger, sites, patches, records and forks are the same.
 
     Args:
         function: the loop; its parameters are the arguments of `DiffusionModel.record`. Where it takes a
-            ``generator``, ``seed=`` is given to it; where it does not, torch's own is seeded for the run.
+            ``generator``, it is handed one of ``seed=``; where not, torch's own is seeded for the run.
         components: every module and scheduler that it calls, by name: ``{"unet": unet, "scheduler": …}``.
         samples: how many samples it makes at once; None is one for each prompt.
+        branches: its guidance branches, in the order of the rows of a call or of its calls:
+            ``("uncond", "cond")``. None tells them by the words, for which the tokenizer and the text encoder
+            must be among the components and be called in the loop; the others are ``guide0``, ``guide1``.
 
     Raises:
-        InputError: no function, no denoiser or no scheduler.
+        InputError: no function, one whose arguments are called as ours are, no denoiser or no scheduler.
 
     Example:
         >>> def loop(steps=50):
@@ -209,4 +208,4 @@ def trace_loop(
     """
     from workbench.models.model import DiffusionModel
 
-    return DiffusionModel(Loop(function, components, samples=samples))
+    return DiffusionModel(Loop(function, components, samples=samples, branches=branches))

@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import nn
 
+from workbench import zoo
 from workbench.attention import heads as _heads  # noqa: F401  makes the ports known
 from workbench.attention import kernel as _kernel  # noqa: F401  likewise
 from workbench.errors import BusyError, InputError, UnknownNameError, nearest
@@ -20,9 +21,9 @@ from workbench.models import arguments as checks
 from workbench.models import asked
 from workbench.models.asked import Captured
 from workbench.models.loading import fetched, load, locate, pipeline_class
-from workbench.models.loop import Block, Loop, check_stepped, unreached
+from workbench.models.loop import Block, Loop, unreached
 from workbench.models.options import loading_info, renamed
-from workbench.models.proxy import ModuleProxy, proxy
+from workbench.models.proxy import Home, ModuleProxy, proxy
 from workbench.models.shapes import Shapes
 from workbench.models.skeleton import Skeleton
 from workbench.models.spec import PipelineSpec, build
@@ -30,7 +31,7 @@ from workbench.tracing.gradient import Differentiation, Gradient
 from workbench.tracing.graph import Graph
 from workbench.tracing.record import Record, RunSpec
 from workbench.tracing.replay import Replay
-from workbench.tracing.seeds import Seed, generators, normal
+from workbench.tracing.seeds import Seed, generators, normal, single
 from workbench.tracing.session import Listener, Session
 from workbench.tracing.sites import Site, resolve
 from workbench.tracing.steps import Steps
@@ -46,7 +47,8 @@ class DiffusionModel:
         automodel: the pipeline class to open it with, or its name in diffusers; None is
             ``DiffusionPipeline``, which takes the class that the folder names.
         dispatch: False builds the tree without weights, on torch's ``meta`` device, and loads them when
-            something is run first, or at ``.dispatch()``.
+            something is run first, or at ``.dispatch()``; so it is with folders and Hub ids unless True is
+            given. A zoo name is loaded at once.
         **options: passed to the class's ``from_pretrained``.
 
     Attributes:
@@ -64,11 +66,19 @@ class DiffusionModel:
         >>> run.images[0]
     """
 
-    def __init__(self, model: Any, *, automodel: Any = None, dispatch: bool = True, **options: Any) -> None:
+    def __init__(
+        self, model: Any, *, automodel: Any = None, dispatch: bool | None = None, **options: Any
+    ) -> None:
+        named = isinstance(model, (str, Path))
+        if named:
+            options = renamed(options)
+        if dispatch is None:
+            # Code that comes with a folder can make anything of its parts.
+            dispatch = not named or model in zoo.models() or bool(options.get("trust_remote_code"))
         self._open = partial(load, model, automodel=automodel, **options)
         self._skeleton: Skeleton | None = None
         self._loaded: Any = None
-        if dispatch or not isinstance(model, (str, Path)):
+        if dispatch or not named:
             self._loaded, self._reference = self._open()
         else:
             self._skeleton = Skeleton(str(model), automodel=automodel, **options)
@@ -99,13 +109,13 @@ class DiffusionModel:
         Returns:
             The model; with what else was asked for, a tuple of it, the info and the folder, in this order.
         """
-        model = cls(reference, **options)
+        model = cls(reference, **{"dispatch": True, **options})
         answers: list[Any] = [model]
         if output_loading_info or return_cached_folder:
             kind = pipeline_class(options.pop("automodel", None))
             folder = fetched(kind, locate(str(reference)), renamed(options))
             if output_loading_info:
-                answers.append(loading_info(folder, model.components))
+                answers.append(loading_info(folder, model.components, options.get("variant")))
             if return_cached_folder:
                 answers.append(folder)
         return answers[0] if len(answers) == 1 else tuple(answers)
@@ -166,6 +176,10 @@ class DiffusionModel:
         return type(self._loaded) if self._skeleton is None else self._skeleton.automodel
 
     @property
+    def _home(self) -> Home:
+        return Home(current=lambda: self._trace, components=lambda: self.components)
+
+    @property
     def reference(self) -> str:
         """What the model was opened from; empty for a live pipeline."""
         return self._reference
@@ -187,7 +201,7 @@ class DiffusionModel:
         Args:
             path: ``unet.mid_block``, ``vae.decode``, ``scheduler.step``.
         """
-        return proxy(path, resolve(self.components, path), lambda: self._trace)
+        return proxy(path, resolve(self.components, path), self._home)
 
     def generate(
         self,
@@ -213,7 +227,7 @@ class DiffusionModel:
 
     def trace(self, prompt: Any = None, *, seed: Seed = None, **arguments: Any) -> Trace:
         """Open a traced run of one step, unless ``num_inference_steps`` says otherwise."""
-        return self.generate(prompt, seed=seed, **{"num_inference_steps": 1, **arguments})
+        return self.generate(prompt, seed=seed, **self._briefly(arguments))
 
     def record(
         self,
@@ -249,7 +263,7 @@ class DiffusionModel:
 
     def __call__(self, prompt: Any = None, *, seed: Seed = None, **arguments: Any) -> Any:
         """Run one step, unless told otherwise, and return the pipeline's output."""
-        return self.record(prompt, seed=seed, **{"num_inference_steps": 1, **arguments}).output
+        return self.record(prompt, seed=seed, **self._briefly(arguments)).output
 
     def gradient(
         self,
@@ -309,7 +323,8 @@ class DiffusionModel:
         capture: Sequence[Captured] = (),
         interventions: Sequence[Intervention] = (),
         listener: Listener | None = None,
-        samples: int = 1,
+        samples: int | None = None,
+        branches: Sequence[str] | None = None,
     ) -> Block:
         """Watch and edit a denoising loop that stands in the ``with`` block itself.
 
@@ -322,11 +337,13 @@ class DiffusionModel:
             capture: as in `record`.
             interventions: as in `record`.
             listener: as in `record`.
-            samples: how many samples the loop makes at once.
+            samples: how many samples the loop makes at once; None is one for each prompt.
+            branches: its guidance branches in their order, ``("uncond", "cond")``; None tells them by the
+                words, if the block encodes them. What cannot be told is ``guide0``, ``guide1``.
 
         Raises:
             BusyError: the model is already running.
-            OutOfOrderError: after the block, if none of the schedulers was stepped.
+            OutOfOrderError: after the block, if the denoiser was not called or the scheduler not stepped.
 
         Example:
             >>> with model.trace_loop(capture=["unet.mid_block"]) as run:
@@ -343,20 +360,26 @@ class DiffusionModel:
         spec = RunSpec(
             model=self._reference,
             arguments={} if prompt is None else {"prompt": prompt},
+            block=True,
             capture=asked.captured(capture),
             interventions=tuple(edits),
         )
         session = Session(
-            System({**self.components, **(components or {})}, unreached),
+            System(
+                {**self.components, **(components or {})},
+                unreached,
+                branches=None if branches is None else tuple(branches),
+                by_hand=True,
+            ),
             spec.arguments,
             spec,
-            rows=samples,
+            rows=samples or checks.count_prompts(spec.arguments),
             edits=edits,
             capture=sites,
             probes=probes,
             listener=listener,
         )
-        return Block(session, begin=self._occupy, end=self._end)
+        return Block(session, begin=self._occupy, end=self._end, finish=self._finish)
 
     def _default_result(self) -> str:
         return "vae.decode" if callable(getattr(self.components.get("vae"), "decode", None)) else "latents"
@@ -398,8 +421,6 @@ class DiffusionModel:
                 self._end(session)
         finally:
             self._end(session)
-        if isinstance(self._loaded, Loop):
-            check_stepped(record)
         self._finish(record)
         return record
 
@@ -407,6 +428,11 @@ class DiffusionModel:
         """Run ``record`` again from ``step`` with ``changes``; called by `Record.fork`."""
         changes = dict(changes)
         old = record.spec
+        if old.block:
+            raise InputError(
+                "This run was a block of your own code, which cannot be run again. Put the loop into a "
+                "function: model = wb.trace_loop(function, components={…}); model.record(…).fork(…)."
+            )
         capture = asked.listed(changes.pop("capture", old.capture))
         interventions = changes.pop("interventions", old.interventions)
         listener = changes.pop("listener", None)
@@ -433,15 +459,27 @@ class DiffusionModel:
         if seed is not None:
             if "generator" in call:
                 raise InputError("Give a seed or a generator, not both.")
-            noise = generators(seed, prompts=prompts, images=images)
-            if checks.takes_generator(self._loaded):
+            by_hand = isinstance(self._loaded, Loop)
+            noise = single(seed) if by_hand else generators(seed, prompts=prompts, images=images)
+            if not by_hand or checks.takes(self._loaded, "generator"):
                 call["generator"] = noise
         spec = RunSpec(model=self._reference, arguments=given, seed=normal(seed))
         samples = self._loaded.samples if isinstance(self._loaded, Loop) else None
         return spec, call, samples or prompts * images
 
+    def _briefly(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a run's arguments, with one step unless they say otherwise."""
+        counted = checks.takes(self.pipeline, "num_inference_steps")
+        return {"num_inference_steps": 1, **arguments} if counted else dict(arguments)
+
     def _system(self) -> System:
-        return System(self.components, self._loaded)
+        by_hand = isinstance(self._loaded, Loop)
+        return System(
+            self.components,
+            self._loaded,
+            branches=self._loaded.branches if by_hand else None,
+            by_hand=by_hand,
+        )
 
     def _take_in_parts(self) -> None:
         """Make modules ready that are new since the last run: somebody may have replaced one."""
@@ -482,7 +520,7 @@ class DiffusionModel:
             raise AttributeError(name)
         component = self.components.get(name)
         if isinstance(component, nn.Module):
-            return ModuleProxy(name, component, lambda: self._trace)
+            return ModuleProxy(name, component, self._home)
         if component is not None:
             return component
         raise UnknownNameError(

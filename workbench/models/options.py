@@ -16,11 +16,10 @@ from torch import nn
 
 from workbench.errors import InputError, UnknownNameError, nearest
 
-HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
-"""Options of what is fetched, and from where."""
+_HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
 _KNOWN = (
-    *HUB,
+    *_HUB,
     "proxies",
     "custom_pipeline",
     "custom_revision",
@@ -75,6 +74,11 @@ def renamed(options: Mapping[str, Any]) -> dict[str, Any]:
     return today
 
 
+def asked_of_hub(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of what is fetched, and from where."""
+    return {name: options[name] for name in _HUB if name in options}
+
+
 def check(kind: Any, folder: str, options: Mapping[str, Any]) -> None:
     """Refuse options that nothing takes, and code from elsewhere that nobody asked for.
 
@@ -96,12 +100,12 @@ def check(kind: Any, folder: str, options: Mapping[str, Any]) -> None:
                 f"custom_pipeline={custom!r} runs code that did not come with diffusers. If you trust it, "
                 "say so: trust_remote_code=True."
             )
-        if isinstance(named, list) or any(_own_code(folder, entry) for entry in index.values()):
+        if isinstance(named, list) or any(_own_code(folder, *each) for each in index.items()):
             raise InputError(
                 f"{folder} brings Python code of its own, which loading would run. If you trust it, say so: "
                 "trust_remote_code=True."
             )
-    if custom is None and isinstance(named, str):
+    if custom is None and isinstance(named, str) and not _takes_all(kind):
         known = [*_KNOWN, *_parts_of(kind, named)]
         for name in options:
             if name not in known:
@@ -111,25 +115,28 @@ def check(kind: Any, folder: str, options: Mapping[str, Any]) -> None:
 def kept_dtypes(folder: Path, variant: str | None) -> dict[str, torch.dtype]:
     """Return in which dtype each component's weights are kept, with ``default`` for the others."""
     found = {"default": torch.float32}
-    for file in sorted(folder.glob("*/*.safetensors")):
-        of_variant = f".{variant}" in file.name if variant else file.name.count(".") == 1
-        if file.parent.name not in found or of_variant:
-            dtype = _dtype(file)
-            if dtype is not None:
-                found[file.parent.name] = dtype
+    for part in sorted(each for each in folder.iterdir() if each.is_dir()):
+        dtypes = [dtype for file in _files(part, variant) if (dtype := _dtype(file)) is not None]
+        if dtypes:
+            found[part.name] = dtypes[0]
     return found
 
 
-def loading_info(folder: Path, components: Mapping[str, Any]) -> dict[str, dict[str, list[str]]]:
+def loading_info(
+    folder: Path, components: Mapping[str, Any], variant: str | None = None
+) -> dict[str, dict[str, list[str]]]:
     """Return by component which weights the files lack and which they have too many."""
     info: dict[str, dict[str, list[str]]] = {}
     for name, part in components.items():
-        files = sorted((folder / name).glob("*.safetensors"))
+        files = _files(folder / name, variant)
         if not isinstance(part, nn.Module) or not files:
             continue
         kept = {key for file in files for key in _keys(file)}
-        own = set(part.state_dict())
-        info[name] = {"missing_keys": sorted(own - kept), "unexpected_keys": sorted(kept - own)}
+        own = part.state_dict()
+        # Tied weights are kept once, under one of their names.
+        there = {own[key].data_ptr() for key in kept & own.keys()}
+        missing = sorted(key for key in own.keys() - kept if own[key].data_ptr() not in there)
+        info[name] = {"missing_keys": missing, "unexpected_keys": sorted(kept - own.keys())}
     return info
 
 
@@ -137,9 +144,7 @@ def _index(folder: str, options: Mapping[str, Any]) -> dict[str, Any]:
     path = Path(folder) / _INDEX
     if not Path(folder).is_dir():
         try:
-            path = Path(
-                hf_hub_download(folder, _INDEX, **{name: options[name] for name in HUB if name in options})
-            )
+            path = Path(hf_hub_download(folder, _INDEX, **asked_of_hub(options)))
         except (OSError, ValueError, TypeError):
             # What cannot be fetched is said by the loading itself.
             return {}
@@ -147,11 +152,16 @@ def _index(folder: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _own_code(folder: str, entry: Any) -> bool:
-    """Whether a component's class is one of a file beside the weights."""
+def _own_code(folder: str, name: str, entry: Any) -> bool:
+    """Whether a component's class is one of a file beside its weights."""
     if not isinstance(entry, list) or not entry or not isinstance(entry[0], str):
         return False
-    return any(Path(folder).rglob(f"{entry[0].rpartition('.')[2]}.py"))
+    return (Path(folder) / name / f"{entry[0]}.py").is_file()
+
+
+def _takes_all(kind: Any) -> bool:
+    """Whether a class chooses another by its options, as ``AutoPipelineForText2Image`` does."""
+    return "kwargs" in inspect.signature(kind).parameters
 
 
 def _parts_of(kind: Any, named: str) -> tuple[str, ...]:
@@ -159,6 +169,13 @@ def _parts_of(kind: Any, named: str) -> tuple[str, ...]:
 
     classes = (getattr(diffusers, named, kind), kind)
     return tuple(name for each in classes for name in inspect.signature(each).parameters)
+
+
+def _files(part: Path, variant: str | None) -> list[Path]:
+    """Return a component's files of weights: the variant's where there are some, else the plain ones."""
+    files = sorted(part.glob("*.safetensors"))
+    plain = [file for file in files if file.name.count(".") == 1]
+    return [file for file in files if variant is not None and f".{variant}" in file.name] or plain
 
 
 def _dtype(file: Path) -> torch.dtype | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -11,17 +12,30 @@ from torch import nn
 from workbench.errors import TraceError, UnknownNameError, nearest
 from workbench.tracing.ports import PORTS
 from workbench.tracing.rig import Target
-from workbench.tracing.sites import Site
+from workbench.tracing.sites import Site, resolve
 from workbench.tracing.trace import Trace
+
+
+@dataclass(frozen=True)
+class Home:
+    """What proxies ask of their model.
+
+    Attributes:
+        current: returns the trace that is open, if one is.
+        components: returns the parts as they are now: without weights, loaded, or exchanged.
+    """
+
+    current: Callable[[], Trace | None]
+    components: Callable[[], Mapping[str, Any]]
 
 
 class Ported:
     """A place whose ports (``input``, ``inputs``, ``output``, …) are read and replaced inside a trace."""
 
-    def __init__(self, path: str, target: Any, current: Callable[[], Trace | None]) -> None:
+    def __init__(self, path: str, target: Any, home: Home) -> None:
         object.__setattr__(self, "_path", path)
         object.__setattr__(self, "_target", target)
-        object.__setattr__(self, "_current", current)
+        object.__setattr__(self, "_home", home)
 
     @property
     def path(self) -> str:
@@ -41,7 +55,7 @@ class Ported:
         self._trace().replace(Site(self._path, name), value)
 
     def _trace(self) -> Trace:
-        trace: Trace | None = self._current()
+        trace: Trace | None = self._home.current()
         if trace is None:
             raise TraceError(
                 f"{self._path} has values only while the model runs. Read it in a block: "
@@ -72,9 +86,10 @@ class ModuleProxy(Ported):
 
     @property
     def module(self) -> nn.Module:
-        """The real module."""
-        module: nn.Module = self._target
-        return module
+        """The real module, as the model has it now."""
+        found = resolve(self._home.components(), self._path)
+        assert isinstance(found, nn.Module)
+        return found
 
     def skip(self, value: Any) -> None:
         """Let the module return ``value`` the next time it is called, without running it.
@@ -87,14 +102,14 @@ class ModuleProxy(Ported):
     def __getattr__(self, name: str) -> Any:
         child = self._target._modules.get(name)
         if child is not None:
-            return ModuleProxy(f"{self._path}.{name}", child, self._current)
+            return ModuleProxy(f"{self._path}.{name}", child, self._home)
         # An attention layer's number of heads is called like the port; in a run the port is meant.
-        if name in PORTS and (self._current() is not None or not hasattr(self._target, name)):
+        if name in PORTS and (self._home.current() is not None or not hasattr(self._target, name)):
             return super().__getattr__(name)
         if hasattr(self._target, name):
-            own = getattr(self._target, name)
+            own = getattr(self.module, name)
             method = inspect.ismethod(own) and not name.startswith("_")
-            return MethodProxy(f"{self._path}.{name}", own, self._current) if method else own
+            return MethodProxy(f"{self._path}.{name}", own, self._home) if method else own
         known = [*self._target._modules, *PORTS]
         raise UnknownNameError(f"{self._path} has no module or port {name!r}.{nearest(name, known)}")
 
@@ -113,7 +128,7 @@ class ModuleProxy(Ported):
         if str(index) not in names:
             raise UnknownNameError(f"{self._path} has no child {index!r}.{nearest(str(index), names)}")
         child = self._target._modules[str(index)]
-        return ModuleProxy(f"{self._path}.{index}", child, self._current)
+        return ModuleProxy(f"{self._path}.{index}", child, self._home)
 
     def __iter__(self) -> Iterator[ModuleProxy]:
         return (self[name] for name in self._target._modules)
@@ -128,8 +143,8 @@ class ModuleProxy(Ported):
         return f"{self._path}: {type(self._target).__name__}"
 
 
-def proxy(path: str, target: Target, current: Callable[[], Trace | None]) -> Ported:
+def proxy(path: str, target: Target, home: Home) -> Ported:
     """Return what stands for a module or a method in a trace."""
     if isinstance(target, nn.Module):
-        return ModuleProxy(path, target, current)
-    return MethodProxy(path, getattr(target.owner, target.name), current)
+        return ModuleProxy(path, target, home)
+    return MethodProxy(path, getattr(target.owner, target.name), home)

@@ -12,8 +12,9 @@ import diffusers
 import torch
 from torch import nn
 
-from workbench.errors import LoadError
+from workbench.errors import LoadError, WorkbenchError
 from workbench.models.loading import locate, pipeline_class
+from workbench.models.options import asked_of_hub, check
 
 _LIBRARIES = ("diffusers", "transformers")
 _TEXTS = ["*.json", "*.txt", "*.model", "*.py"]
@@ -25,8 +26,8 @@ class Skeleton:
     Args:
         reference: a zoo name, a folder or a Hub id; of a Hub id, no weights are downloaded.
         automodel: the pipeline class, its name in diffusers, or None for the one that is named.
-        **options: of ``from_pretrained``: ``revision``, ``cache_dir``, ``token``, ``local_files_only`` count
-            here, and parts given by name.
+        **options: of ``from_pretrained``, under today's names; those of what is fetched count here, and parts
+            given by name.
 
     Attributes:
         components: the parts by name; modules have shapes and no values.
@@ -38,8 +39,12 @@ class Skeleton:
 
     def __init__(self, reference: str, *, automodel: Any = None, **options: Any) -> None:
         folder = _texts(locate(reference), options)
+        check(pipeline_class(automodel), str(folder), options)
         index = json.loads((folder / "model_index.json").read_text())
-        self.automodel: type = pipeline_class(automodel or index["_class_name"])
+        try:
+            self.automodel: type = pipeline_class(automodel or index["_class_name"])
+        except WorkbenchError as error:
+            raise type(error)(f"{folder}: {error}") from None
         taken = inspect.signature(self.automodel).parameters
         parts = {
             name: options[name] if name in options else _part(folder / name, entry)
@@ -60,13 +65,8 @@ def _texts(found: str, options: dict[str, Any]) -> Path:
         return Path(found)
     from huggingface_hub import snapshot_download
 
-    known = {
-        name: options[name]
-        for name in ("revision", "cache_dir", "token", "local_files_only")
-        if name in options
-    }
     try:
-        return Path(snapshot_download(found, allow_patterns=_TEXTS, **known))
+        return Path(snapshot_download(found, allow_patterns=_TEXTS, **asked_of_hub(options)))
     except (OSError, ValueError) as error:
         raise LoadError(f"{found} could not be looked up: {error}") from error
 

@@ -14,9 +14,9 @@ from pydantic.dataclasses import dataclass
 from torch import nn
 
 from workbench.errors import InputError, LoadError, UnknownNameError, nearest
-from workbench.models.loading import dtype_of, locate, pipeline_class
+from workbench.models.loading import dtype_of, from_pretrained, locate, pipeline_class
+from workbench.models.options import asked_of_hub, check, renamed
 
-_HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download", "proxies")
 _NAME = "pipeline_spec"
 
 
@@ -148,26 +148,30 @@ def build(
         InputError: the spec is not complete.
     """
     spec.validate_for_from_config()
-    folder = locate(str(reference))
+    asked = renamed(options)
+    if "dtype" in asked:
+        raise InputError("Give the dtype of the weights as dtype= only.")
     kept = torch.float32 if dtype is None else dtype_of(dtype)
-    denoiser = _denoiser(folder, spec, kept, seed, options)
     if not spec.load_full_pipeline:
-        return Parts(**{spec.subfolder: denoiser})
-    kind = pipeline_class(spec.pipeline_cls or None)
-    try:
-        return kind.from_pretrained(folder, torch_dtype=kept, **{spec.subfolder: denoiser}, **options)
-    except (OSError, ValueError, AttributeError, TypeError, ImportError, RuntimeError, KeyError) as error:
-        raise LoadError(f"{folder} could not be opened around its {spec.subfolder}: {error}") from error
+        others = [name for name in asked if name not in asked_of_hub(asked)]
+        if others:
+            raise InputError(f"{', '.join(others)} is for a whole pipeline: load_full_pipeline=True.")
+        alone = (Path(reference).expanduser() / spec.subfolder).is_dir()
+        folder = str(Path(reference).expanduser()) if alone else locate(str(reference))
+        return Parts(**{spec.subfolder: _denoiser(folder, spec, kept, seed, asked)})
+    kind, folder = pipeline_class(spec.pipeline_cls or None), locate(str(reference))
+    check(kind, folder, asked)
+    denoiser = _denoiser(folder, spec, kept, seed, asked)
+    return from_pretrained(kind, folder, {**asked, "dtype": kept, spec.subfolder: denoiser})
 
 
 def _denoiser(
     folder: str, spec: PipelineSpec, dtype: torch.dtype, seed: int | None, options: Mapping[str, Any]
 ) -> nn.Module:
     kind = _model_class(spec.transformer_cls)
-    hub = {name: options[name] for name in _HUB if name in options}
     before = torch.get_default_dtype()
     try:
-        config = kind.load_config(folder, subfolder=spec.subfolder, **hub)
+        config = kind.load_config(folder, subfolder=spec.subfolder, **asked_of_hub(options))
         with torch.random.fork_rng([], enabled=seed is not None):
             if seed is not None:
                 torch.default_generator.manual_seed(seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,19 +30,23 @@ class Branches:
     """Names the branches of each call.
 
     A pipeline's own label comes first (``cache_context``). Without one, a batch of several times the
-    samples holds several branches, and separate calls of one tick follow each other, cond first.
+    samples holds several branches, and separate calls of one tick follow each other, cond first
+    unless the words tell. What is ``given`` for a loop written by hand counts before all but the label.
 
     Attributes:
         rows: how many samples the run makes.
         label: the pipeline's name for what it computes now, or None.
     """
 
-    def __init__(self, system: System, rows: int | None, prompt: Any = None) -> None:
+    def __init__(
+        self, system: System, rows: int | None, prompt: Any = None, *, given: Sequence[str] | None = None
+    ) -> None:
         self.rows = rows
         self.label: str | None = None
         self._system = system
         self._prompt = prompt[0] if isinstance(prompt, (list, tuple)) and prompt else prompt
         self._encodings: list[_Encoding] = []
+        self._given = None if given is None else tuple(given)
         self._orders: dict[str, tuple[str, ...]] = {}
 
     def attach(self, rig: Rig) -> None:
@@ -73,6 +77,13 @@ class Branches:
             if component not in self._orders:
                 self._orders[component] = self._order(args, kwargs, self.rows, batch // self.rows)
             return self._orders[component]
+        if self._given is not None:
+            return (self._given[earlier] if earlier < len(self._given) else f"guide{earlier}",)
+        spoken = self._spoken(args, kwargs)
+        if spoken is not None:
+            return ("cond" if spoken else "uncond",)
+        if self._system.by_hand and _conditioned(args, kwargs):
+            return (f"guide{earlier}",)
         return (("cond", "uncond")[earlier] if earlier < 2 else f"guide{earlier}",)
 
     def _order(
@@ -82,6 +93,8 @@ class Branches:
 
         Perturbed-attention guidance adds a last part, whose attention is perturbed (Ahn et al., 2024).
         """
+        if self._given is not None and len(self._given) == ways:
+            return self._given
         if getattr(self._system.call, "do_perturbed_attention_guidance", False):
             return (*self._unperturbed(args, kwargs, rows, ways - 1), "perturbed")
         return self._unperturbed(args, kwargs, rows, ways)
@@ -99,6 +112,8 @@ class Branches:
         worded = self._worded(args, kwargs, rows, ways)
         if ways == 2:
             first = _null_class_last(kwargs.get("class_labels"), rows) or worded == [True, False]
+            if self._system.by_hand and not first and not any(worded):
+                return ("guide0", "guide1")
             return ("cond", "uncond") if first else ("uncond", "cond")
         blank = _blank(args, kwargs, rows, ways)
         if ways == 3 and worded.count(True) == blank.count(True) == 1 and worded != blank:
@@ -118,6 +133,19 @@ class Branches:
             if any(found) and not all(found):
                 return found
         return [False] * ways
+
+    def _spoken(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool | None:
+        """Return whether a call of one branch has the prompt, or other words; None if unknown."""
+        known = list(self._of_prompt())
+        others = [value for each in self._encodings for value in each.values]
+        for _, told in leaves((args, kwargs)):
+            if not known or told.ndim < 2 or not told.is_floating_point():
+                continue
+            if any(_same(told[0], each) for each in known):
+                return True
+            if any(_same(told[0], each) for each in others):
+                return False
+        return None
 
     def _of_prompt(self) -> Iterator[torch.Tensor]:
         """Yield what the encoders made of the prompt, first row."""
@@ -144,6 +172,11 @@ def _null_class_last(labels: Any, rows: int) -> bool:
     if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or len(labels) != 2 * rows:
         return False
     return bool(labels[:rows].max() < labels[rows:].min())
+
+
+def _conditioned(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a denoiser is handed more than a sample and a time."""
+    return sum(each.ndim > 1 and each.is_floating_point() for _, each in leaves((args, kwargs))) > 1
 
 
 def _blank(args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: int, ways: int) -> list[bool]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from workbench.errors import InputError
 from workbench.tracing import prediction
 from workbench.tracing.branches import Branches
 from workbench.tracing.ledger import Ledger, Row
@@ -61,7 +62,7 @@ class Clock:
         self.ticked: list[Callable[[Tick, torch.Tensor], None]] = []
         self.guided: Guided | None = None
         self._stages = Stages(system)
-        self._branches = Branches(system, rows, prompt)
+        self._branches = Branches(system, rows, prompt, given=system.branches)
         self._tick: Tick | None = None
         self._stepping = False
 
@@ -173,6 +174,11 @@ class Clock:
 
     def _tick_ends(self, _: Any, _args: Any, _kwargs: Any, output: Any) -> None:
         tick, self._tick, self._stepping = self._tick, None, False
+        if isinstance(output, torch.Tensor):
+            raise InputError(
+                "scheduler.step returned a bare tensor. Let it return a tuple with the new sample first, "
+                "(sample,), or an output with prev_sample, as those of diffusers do."
+            )
         after = output[0] if isinstance(output, tuple) else output.prev_sample
         assert tick is not None
         for listener in self.ticked:

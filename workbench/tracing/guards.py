@@ -147,7 +147,7 @@ def check_graph(denoisers: Mapping[str, nn.Module]) -> None:
         if any(getattr(each, "gradient_checkpointing", False) for each in module.modules()):
             raise GuardError(
                 f"{name} has gradient checkpointing on: on the way back it would compute its blocks again "
-                "without the run's changes. Derivatives here need no more memory without it. Switch it off: "
+                "without the run's changes. `DiffusionModel.gradient` saves memory by itself. Switch it off: "
                 f"model.{name}.module.disable_gradient_checkpointing()."
             )
 

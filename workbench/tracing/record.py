@@ -32,6 +32,7 @@ class RunSpec(BaseModel):
         capture: the sites that were captured, as text or, with a choice of steps, rows or dtype, a `Capture`.
         interventions: each as data; one made by hand in a ``with`` block is ``{"kind": "by hand"}``.
         forked_at: the step at which the run left another, or None.
+        block: whether the run was a block of the user's own code, which cannot be run again.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
@@ -42,6 +43,7 @@ class RunSpec(BaseModel):
     capture: tuple[Any, ...] = ()
     interventions: tuple[Any, ...] = ()
     forked_at: int | None = None
+    block: bool = False
 
 
 class Forks(Protocol):

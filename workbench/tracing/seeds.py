@@ -42,6 +42,18 @@ def generators(seed: Seed, *, prompts: int, images: int) -> torch.Generator | li
     return made[0] if len(made) == 1 else made
 
 
+def single(seed: Seed) -> torch.Generator:
+    """Return the one generator that a loop written by hand draws all its noise from.
+
+    Raises:
+        InputError: several seeds: which noise is whose is the loop's own affair.
+    """
+    given = normal(seed)
+    if not isinstance(given, int):
+        raise InputError(f"A loop of your own draws its noise from one seed, not from {seed!r}.")
+    return torch.Generator("cpu").manual_seed(given)
+
+
 def normal(seed: Seed) -> int | tuple[int, ...] | None:
     """Return a seed as a plain integer, or seeds as a tuple of them.
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from workbench.errors import OutOfOrderError, RunStopped
+from workbench.errors import InputError, OutOfOrderError, RunStopped
 from workbench.tracing.clock import Clock, Tick
 from workbench.tracing.guards import check, check_denoisers
 from workbench.tracing.ledger import Row
@@ -126,8 +126,8 @@ class Session:
         if seed is None or not self.own_noise:
             yield
             return
-        with torch.random.fork_rng([]):
-            torch.default_generator.manual_seed(seed if isinstance(seed, int) else seed[0])
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            torch.manual_seed(seed if isinstance(seed, int) else seed[0])
             yield
 
     @contextmanager
@@ -152,6 +152,8 @@ class Session:
                 self.rig.sweep()
         finally:
             self.rig.sweep()
+        if self.system.by_hand:
+            self._check_watched()
         self._check_edited()
         for probe in self.probes:
             probe.deliver(self.record)
@@ -219,6 +221,19 @@ class Session:
 
         hook_port(self.rig, target, place.port, pass_by)
 
+    def _check_watched(self) -> None:
+        """Refuse a run whose loop called another denoiser or scheduler than it said."""
+        calls, ticks = len(self.record.ledger), len(self.record.ticks)
+        if (calls == 0) == (ticks == 0):
+            return
+        missing = "the denoiser" if calls == 0 else "the scheduler"
+        error = OutOfOrderError(
+            f"Of the components, the denoisers were called {calls} times and the schedulers stepped {ticks} "
+            f"times, so there are no steps. Give {missing} that your loop uses: components={{…}}."
+        )
+        error.record = self.record
+        raise error
+
     def _check_edited(self) -> None:
         """Refuse a run that an edit was asked for and never reached; a fork may have repeated that part."""
         for site in (site for edit in self.edits for site in edit.sites):
@@ -248,6 +263,11 @@ class Session:
         self.system.check_unchanged()
         if self.record.initial is None:
             self.record.initial = keep_tensor(tick.before)
+            if self.system.by_hand and tick.before.shape[0] != self.clock.rows:
+                raise InputError(
+                    f"The loop makes {tick.before.shape[0]} samples at once, and {self.clock.rows} were "
+                    f"expected, one for each prompt. Say so: samples={tick.before.shape[0]}."
+                )
         self.record.ticks.append(
             {
                 "latents": keep_tensor(latents),

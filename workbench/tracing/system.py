@@ -24,10 +24,14 @@ class System:
     Attributes:
         components: every part by name, modules and others.
         call: runs it once, with the pipeline's own keyword arguments.
+        branches: its guidance branches in their order, where its author said so.
+        by_hand: whether it is a loop that somebody wrote, of which less is known than of a pipeline.
     """
 
     components: Mapping[str, Any]
     call: Callable[..., Any]
+    branches: tuple[str, ...] | None = None
+    by_hand: bool = False
 
     @cached_property
     def denoisers(self) -> dict[str, nn.Module]:

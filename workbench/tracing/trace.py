@@ -353,7 +353,7 @@ class Trace:
         return self._targets[place]
 
     def _hook_once(self, place: Site, target: Target) -> Owned:
-        self._keep_hookable(place.path)
+        self._keep_hookable(place.path, itself=place.port not in ("output", "input", "inputs"))
         return hook_port(self._session.rig, target, place.port, lambda value: self._pass(place, value))
 
     def _open_entrances(self, rig: Rig) -> None:
@@ -390,14 +390,14 @@ class Trace:
 
         self._session.rig.wrap(module, "forward", shadow)
 
-    def _keep_hookable(self, path: str) -> None:
-        """Give the module at ``path`` and every one around it a hook that does nothing.
+    def _keep_hookable(self, path: str, *, itself: bool) -> None:
+        """Give every module around ``path``, and perhaps itself, a hook that does nothing.
 
         A module called without any hook takes a short cut past those added while it runs, and the
         block may well ask for its output from inside it.
         """
         parts = path.split(".")
-        for outer in (".".join(parts[:depth]) for depth in range(1, len(parts) + 1)):
+        for outer in (".".join(parts[:depth]) for depth in range(1, len(parts) + itself)):
             if outer not in self._open_paths:
                 self._open_paths.add(outer)
                 if outer in self._session.system.components:
