@@ -99,7 +99,7 @@ def around_a_loop(scene):
     generator = torch.Generator().manual_seed(0)
     asked = {name: given for name, given in scene.arguments.items() if name != "seed"}
     patch = Patch(scene.site, source=scene.source)
-    with scene.model.trace_loop(capture=[scene.site], interventions=[patch]):
+    with scene.model.trace_loop(asked["prompt"], capture=[scene.site], interventions=[patch]):
         scene.pipeline(**asked, generator=generator)
 
 
