@@ -5,6 +5,7 @@ from PIL import Image
 
 from workbench.experiments.experiment import Experiment, PatchSpec
 from workbench.models.model import DiffusionModel
+from workbench.truth.__main__ import ELSEWHERE, PATCH, STEPS
 from workbench.truth.patching import Rates, colour_rates, has_colour
 from workbench.zoo import shapes
 
@@ -31,6 +32,29 @@ def test_patch_of_the_last_block_carries_the_colour_and_its_norm_does_not(rates)
     assert rates.patched == 2
     assert rates.random == 0
     assert 0 <= rates.elsewhere <= 2
+
+
+def test_colour_enters_through_one_layer_and_late():
+    """Half of the steps are enough where the source's circle lies where the target's does."""
+    experiment = Experiment(
+        model="shapes-unet",
+        source="a red circle",
+        target="a blue circle",
+        num_inference_steps=20,
+        guidance_scale=3.0,
+        patches=(PATCH,),
+    )
+    found = colour_rates(
+        DiffusionModel("shapes-unet"),
+        experiment,
+        colour="red",
+        elsewhere=ELSEWHERE,
+        seeds=[0, 1],
+        source_from=STEPS[0],
+    )
+    assert len(STEPS) <= 10
+    assert (found.source, found.target) == (2, 0)
+    assert (found.patched, found.elsewhere, found.random) == (2, 0, 0)
 
 
 def test_rates_are_written_as_a_table():

@@ -15,10 +15,13 @@ from workbench.zoo import shapes
 
 STEPS = tuple(range(10, 20))
 PATCH = PatchSpec(site="unet.up_blocks.2.attentions.1.transformer_blocks.0.attn2", steps=STEPS, branch="cond")
-"""Half of the steps of one layer: patched whole, the last block would make the source's own run."""
+"""Half of the steps of one layer: patched whole, the last block would make the source's own run.
 
-ELSEWHERE = "unet.mid_block"
-"""The other site."""
+The source leaves the target's run at the first of them. A source of its own has its circle elsewhere, since
+words move it, and the patch would paint only where both are."""
+
+ELSEWHERE = "unet.up_blocks.2.attentions.0.transformer_blocks.0.attn2"
+"""The other site: the cross-attention layer just before."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -40,7 +43,10 @@ def main(arguments: list[str] | None = None) -> None:
     with quiet_run(model.pipeline):
         print(f"{PATCH.site}, steps {STEPS[0]} to {STEPS[-1]}; elsewhere {ELSEWHERE}; reads red:")
         seeds = range(given.seeds)
-        print(colour_rates(model, experiment, colour="red", elsewhere=ELSEWHERE, seeds=seeds))
+        rates = colour_rates(
+            model, experiment, colour="red", elsewhere=ELSEWHERE, seeds=seeds, source_from=STEPS[0]
+        )
+        print(rates)
         print(word_overlap(model, circle_prompts(given.prompts), "circle"))
 
 

@@ -52,6 +52,7 @@ def colour_rates(
     colour: str,
     elsewhere: str,
     seeds: Sequence[int],
+    source_from: int | None = None,
 ) -> Rates:
     """Return how often the first object reads as ``colour``, with a patch and with its controls.
 
@@ -61,6 +62,8 @@ def colour_rates(
         colour: the colour that the source's prompt names and the target's does not.
         elsewhere: the other site.
         seeds: each gives one source, target and patched run.
+        source_from: the source is the target's own run up to this step and has its prompt from there on, so
+            that both have their objects in the same place; None is a run of its own.
     """
     patch = experiment.patches[0]
     other = PatchSpec(site=elsewhere, steps=patch.steps, branch=patch.branch)
@@ -68,8 +71,12 @@ def colour_rates(
     for seed in seeds:
         at_seed = experiment.model_copy(update={"seed": seed})
         settings = {**at_seed.settings(), "seed": seed}
-        source = model.record(at_seed.source, capture=[patch.site, elsewhere], **settings)
         target = model.record(at_seed.target, **settings)
+        capture = [patch.site, elsewhere]
+        if source_from is None:
+            source = model.record(at_seed.source, capture=capture, **settings)
+        else:
+            source = target.fork(source_from, prompt=at_seed.source, capture=capture)
         there = at_seed.model_copy(update={"patches": (other,)})
         control = [RandomDirection.of(each, seed) for each in at_seed.patched(source)]
         first = at_seed.first_step(target.ledger.steps)
