@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
-from tests.benchmarks.processes import fresh
+from tests.benchmarks.processes import inside
 from tests.benchmarks.table import Row, Setting
 from tests.tiny import large
 
@@ -32,13 +32,9 @@ def rows(_: Setting) -> Iterator[Row]:
     for name, classes in _CLASSES.items():
         with TemporaryDirectory() as folder:
             large.write(Path(folder), name)
-            before = _IMPORTS.format(imports=classes)
-            alone = [fresh(before) for _ in range(3)]
-            whole = [fresh(before + _TREE.format(folder=folder)) for _ in range(3)]
-        seconds, peak = (
-            median(after) - median(without)
-            for after, without in zip(zip(*whole, strict=True), zip(*alone, strict=True), strict=True)
-        )
+            before, tree = _IMPORTS.format(imports=classes), _TREE.format(folder=folder)
+            measured = [inside(before, tree) for _ in range(3)]
+        seconds, peak = (median(each) for each in zip(*measured, strict=True))
         yield Row(
             f"component tree of {name}, no weights", f"{seconds:.1f} s, {peak / 1024:.0f} MiB above imports"
         )
