@@ -56,7 +56,7 @@ class Tour:
         canvas = self.heat_map.locator("canvas")
         box = canvas.bounding_box()
         assert box is not None
-        rows, columns = 18, 20
+        rows, columns = 19, 20
         canvas.click(
             position={"x": box["width"] * (column + 0.5) / columns, "y": box["height"] * (row + 0.5) / rows}
         )
@@ -115,14 +115,18 @@ def a_word_lays_its_attention_over_the_image(tour: Tour) -> None:
 
 
 def a_cell_patches(tour: Tour) -> None:
+    expect(tour.app.get_by_label("from step")).to_have_value("10")
     before = tour.app.get_by_role("region", name="Python code").inner_text()
-    tour.click_cell(7, 3)
+    tour.click_cell(7, 13)
     code = tour.app.get_by_role("region", name="Python code")
     expect(code).to_contain_text("unet.mid_block", timeout=60_000)
     assert code.inner_text() != before
     expect(tour.card("Δ")).to_be_visible()
-    tour.click_cell(16, 5)
-    expect(code).to_contain_text("unet.up_blocks.2", timeout=60_000)
+    tour.click_cell(18, 14)
+    expect(code).to_contain_text("transformer_blocks.0.attn2", timeout=60_000)
+    expect(code).to_contain_text("target.fork")
+    expect(tour.card("target")).to_contain_text("blue circle")
+    expect(tour.card("patched")).to_contain_text("red circle")
 
 
 def the_exported_script_makes_the_image_on_screen(tour: Tour) -> None:

@@ -40,6 +40,8 @@ def test_file_gives_back_the_experiment(tmp_path):
         {"sauce": 1},
         {"format": 2},
         {"num_inference_steps": 0},
+        {"source_from": -1},
+        {"source_from": 4},
         {"guidance_scale": "high"},
         {"source": None},
         {"patches": [{"kind": "patch", "site": "unet.mid_block", "stpes": [1]}]},
@@ -109,6 +111,47 @@ def test_run_is_the_three_runs_by_hand():
     plain = experiment.model_copy(update={"patches": ()}).run(model)
     assert plain.patched is None
     assert as_bytes(plain.target.images) == as_bytes(outcome.target.images)
+
+
+SITE = "unet.mid_block"
+LEAVING = Experiment(
+    source="a red circle",
+    target="a blue square",
+    seed=2,
+    num_inference_steps=4,
+    source_from=2,
+    patches=(PatchSpec(site=SITE, branch="cond"),),
+)
+
+
+def test_source_that_leaves_the_targets_run_is_a_fork_of_it():
+    model = DiffusionModel(tiny.sd1())
+    outcome = LEAVING.run(model)
+    target = model.record("a blue square", seed=2, num_inference_steps=4)
+    source = target.fork(2, prompt="a red circle", capture=[SITE])
+    patched = target.fork(2, interventions=[Patch(SITE, source=source, steps=(2, 3), branch="cond")])
+    assert as_bytes(outcome.source.images) == as_bytes(source.images)
+    assert as_bytes(outcome.patched.images) == as_bytes(patched.images)
+    assert as_bytes(outcome.source.images) not in (as_bytes(target.images), as_bytes(patched.images))
+    assert as_bytes(outcome.patched.images) != as_bytes(target.images)
+    assert outcome.patched.spec.forked_at == 2
+
+
+def test_patch_before_the_source_leaves_changes_nothing():
+    model = DiffusionModel(tiny.sd1())
+    early = LEAVING.model_copy(update={"patches": (PatchSpec(site=SITE, steps=(0, 1)),)})
+    outcome = early.run(model)
+    assert early.acting(4) == []
+    assert as_bytes(outcome.patched.images) == as_bytes(outcome.target.images)
+
+
+@pytest.mark.parametrize(
+    ("steps", "acting"), [(None, (2, 3)), ((1, 2), (2,)), ((-1,), (-1,)), ((-4, 3), (3,)), ((0,), None)]
+)
+def test_a_patch_acts_from_where_the_source_leaves(steps, acting):
+    patched = LEAVING.model_copy(update={"patches": (PatchSpec(site=SITE, steps=steps),)})
+    assert [patch.steps for patch in patched.acting(4)] == ([] if acting is None else [acting])
+    assert patched.model_copy(update={"source_from": 0}).acting(4) == list(patched.patches)
 
 
 def test_step_the_run_does_not_have_is_refused():

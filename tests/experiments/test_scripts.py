@@ -39,7 +39,8 @@ class Script:
     picture: Path
 
 
-CASES: dict[str, tuple[Any, dict[str, Any], tuple[PatchSpec, ...]]] = {
+# Of each: the pipeline, its arguments, the patches, and the step at which the source leaves the target's run.
+CASES: dict[str, tuple[Any, dict[str, Any], tuple[PatchSpec, ...], int]] = {
     "sd1": (
         tiny.sd1,
         {},
@@ -48,11 +49,22 @@ CASES: dict[str, tuple[Any, dict[str, Any], tuple[PatchSpec, ...]]] = {
             PatchSpec(site="unet.down_blocks.0:output[0]", steps=(-1,)),
             PatchSpec(site="unet.up_blocks.1:input", steps=(1,), branch="uncond"),
         ),
+        0,
+    ),
+    "sd1 leaving": (
+        tiny.sd1,
+        {},
+        (
+            PatchSpec(site="unet.mid_block", steps=(0, 1), branch="cond"),
+            PatchSpec(site="unet.down_blocks.0:output[0]", branch="cond"),
+        ),
+        1,
     ),
     "sd3": (
         tiny.sd3,
         {"max_sequence_length": 24},
         (PatchSpec(site="transformer.transformer_blocks.0:output[1]", branch="cond"),),
+        0,
     ),
     "flux": (
         tiny.flux,
@@ -67,6 +79,19 @@ CASES: dict[str, tuple[Any, dict[str, Any], tuple[PatchSpec, ...]]] = {
             PatchSpec(site="transformer.transformer_blocks.0.ff", steps=(0, 2), branch="cond"),
             PatchSpec(site="transformer.single_transformer_blocks.0:output[1]", steps=(1,)),
         ),
+        0,
+    ),
+    "flux leaving": (
+        tiny.flux,
+        {
+            "height": 16,
+            "width": 16,
+            "max_sequence_length": 24,
+            "true_cfg_scale": 3.0,
+            "negative_prompt": "a cross",
+        },
+        (PatchSpec(site="transformer.transformer_blocks.0.ff", branch="cond"),),
+        2,
     ),
 }
 
@@ -89,7 +114,7 @@ def scripts(tmp_path_factory):
     """Run every experiment here, and every script in one other interpreter that has no workbench."""
     folder = tmp_path_factory.mktemp("scripts")
     made = {}
-    for name, (build, arguments, patches) in CASES.items():
+    for name, (build, arguments, patches, source_from) in CASES.items():
         build().save_pretrained(folder / name)
         experiment = Experiment(
             model=str(folder / name),
@@ -99,6 +124,7 @@ def scripts(tmp_path_factory):
             num_inference_steps=3,
             arguments=arguments,
             patches=patches,
+            source_from=source_from,
         )
         outcome = experiment.run(DiffusionModel(str(folder / name)))
         made[name] = Script(outcome, folder / f"{name}.py", folder / f"{name}.png")
@@ -124,8 +150,9 @@ def test_standalone_script_makes_the_same_bytes(scripts, name):
     assert picture.tobytes() != outcome.source.images[0].tobytes()
 
 
-def test_workbench_code_makes_the_same_bytes(scripts, tmp_path):
-    outcome = scripts["sd1"].outcome
+@pytest.mark.parametrize("name", ["sd1", "sd1 leaving"])
+def test_workbench_code_makes_the_same_bytes(scripts, tmp_path, name):
+    outcome = scripts[name].outcome
     run_python(
         "import sys\n"
         "names = {}\n"

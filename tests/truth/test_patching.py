@@ -18,9 +18,10 @@ def rates_of(patch, elsewhere, **asked):
         num_inference_steps=20,
         guidance_scale=3.0,
         patches=(patch,),
+        **asked,
     )
     model = DiffusionModel("shapes-unet")
-    return colour_rates(model, experiment, colour="red", elsewhere=elsewhere, seeds=[0, 1], **asked)
+    return colour_rates(model, experiment, colour="red", elsewhere=elsewhere, seeds=[0, 1])
 
 
 @pytest.fixture(scope="module")

@@ -152,6 +152,25 @@ def test_front_end_runs_patches_and_chooses_windows():
         assert bench.experiment.patches[0].steps == (1, 2)
 
 
+def test_source_leaves_the_targets_run_where_asked():
+    with opened(source_from=2) as bench:
+        bench.run().result(LONG)
+        early, late = bench.source.latents == bench.target.latents, (2, 3)
+        assert early[:2].all()
+        assert not any(early[step].all() for step in late)
+        assert "target.fork(2, prompt='a red circle'" in bench.code.code
+        for site in (SITE, "unet.conv_in"):
+            cell = bench.patch(site, 2, "from here").result(LONG)
+            alone = cell.experiment.run(DiffusionModel(tiny.sd1()))
+            assert as_bytes(alone.patched.images) == as_bytes(bench.patched.images)
+            assert as_bytes(alone.patched.images) != as_bytes(bench.target.images)
+        assert bench.patch(SITE, 1, "1").result(LONG).towards == 0.0
+        assert as_bytes(bench.patched.images) == as_bytes(bench.target.images)
+        bench.controls.set_state({"source_from": 4})
+        with pytest.raises(InputError, match="never leave"):
+            bench.run()
+
+
 def test_second_run_is_refused_while_one_goes_on():
     with opened() as bench:
         with held(bench) as reached:
@@ -373,7 +392,7 @@ def test_browser_cannot_write_what_is_ours(bench):
 
 
 def test_settings_that_make_no_sense_are_refused_when_opening():
-    for asked in ({"steps": 0}, {"steps": -3}, {"seed": -1}, {"guidance": 1e9}):
+    for asked in ({"steps": 0}, {"steps": -3}, {"seed": -1}, {"guidance": 1e9}, {"source_from": 99}):
         with pytest.raises(InputError):
             Workbench(tiny.sd1(), **asked)
     with pytest.raises(UnknownNameError):

@@ -347,15 +347,23 @@ class TestControls:
 
     @pytest.mark.parametrize(
         ("field", "text"),
-        [("Seed", "-1"), ("Seed", "1.5"), ("Steps", "0"), ("Steps", ""), ("Guidance", "big")],
+        [
+            ("Seed", "-1"),
+            ("Seed", "1.5"),
+            ("Steps", "0"),
+            ("Steps", ""),
+            ("Guidance", "big"),
+            ("from step", "1.5"),
+        ],
     )
     def test_number_that_does_not_fit_is_said_and_not_sent(self, open_widgets, field, text):
         shown = open_widgets(scene.controls(), live=True)
-        before = shown.model("controls", field.lower())
+        name = {"from step": "source_from"}.get(field, field.lower())
+        before = shown.model("controls", name)
         shown.page.get_by_label(field, exact=True).fill(text)
         assert shown.page.get_by_text(f"{field} must be").is_visible()
         assert shown.page.get_by_role("button", name="Run").is_disabled()
-        assert shown.model("controls", field.lower()) == before
+        assert shown.model("controls", name) == before
         shown.page.keyboard.press("Control+Enter")
         assert shown.sent("controls") == []
 

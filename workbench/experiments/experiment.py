@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from workbench import zoo
 from workbench.errors import InputError, UnknownNameError
@@ -64,6 +72,9 @@ class Experiment(BaseModel):
         num_inference_steps: steps of both; None is the pipeline's own default.
         guidance_scale: guidance of both; None is the pipeline's own default.
         arguments: further pipeline arguments of both.
+        source_from: the step at which the source leaves the target's run. 0 is a source with a run of its
+            own; later, both are one run up to there, so that the images have one layout, and patches act
+            from there on.
         patches: what goes from one run into the other; none is the two plain runs.
     """
 
@@ -77,7 +88,17 @@ class Experiment(BaseModel):
     num_inference_steps: int | None = Field(default=None, ge=1)
     guidance_scale: float | None = Field(default=None, allow_inf_nan=False)
     arguments: dict[str, JsonValue] = Field(default_factory=dict)
+    source_from: int = Field(default=0, ge=0)
     patches: tuple[PatchSpec, ...] = ()
+
+    @model_validator(mode="after")
+    def _leaves_in_time(self) -> Self:
+        if self.num_inference_steps is not None and self.source_from >= self.num_inference_steps:
+            raise ValueError(
+                f"source_from={self.source_from}: the runs have {self.num_inference_steps} steps, counted "
+                "from 0, so the source would never leave the target's run"
+            )
+        return self
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -109,12 +130,33 @@ class Experiment(BaseModel):
     def patched(self, source: Record) -> list[Patch]:
         """Return the patches, bound to the source's run."""
         return [
-            Patch(patch.site, steps=patch.steps, branch=patch.branch, source=source) for patch in self.patches
+            Patch(patch.site, steps=patch.steps, branch=patch.branch, source=source)
+            for patch in self.acting(source.ledger.steps)
         ]
 
+    def acting(self, steps: int) -> list[PatchSpec]:
+        """Return the patches as they act in runs of ``steps`` steps.
+
+        Before ``source_from`` there is one run, and a patch from it into itself changes nothing: those steps,
+        and patches of no other, are left out.
+        """
+        if not self.source_from:
+            return list(self.patches)
+        late = range(self.source_from, steps)
+        found = []
+        for patch in self.patches:
+            chosen = late if patch.steps is None else [s for s in patch.steps if s % steps in late]
+            if chosen:
+                found.append(patch.model_copy(update={"steps": tuple(chosen)}))
+        return found
+
     def first_step(self, steps: int) -> int:
-        """Return the first step that any patch acts on, in runs of ``steps`` steps."""
-        return min((min(s % steps for s in p.steps) if p.steps is not None else 0) for p in self.patches)
+        """Return the first of ``steps`` steps that any patch acts on; ``steps`` if none does."""
+        firsts = [
+            min(s % steps for s in patch.steps) if patch.steps is not None else 0
+            for patch in self.acting(steps)
+        ]
+        return min(firsts, default=steps)
 
     def run(
         self,
@@ -131,13 +173,34 @@ class Experiment(BaseModel):
             listener: told how the runs go on.
         """
         model = DiffusionModel(self.model) if model is None else model
-        settings = {**self.settings(), "seed": self.seed, "listener": listener}
-        source = model.record(self.source, capture=(*self.captures(), *capture), **settings)
-        target = model.record(self.target, capture=(*self.captures(), *capture), **settings)
+        kept = (*self.captures(), *capture)
+        target = self.run_target(model, capture=kept, listener=listener)
+        source = self.run_source(model, target, capture=kept, listener=listener)
         return Outcome(self, source, target, self.patch(source, target, listener=listener))
 
+    def run_target(
+        self, model: DiffusionModel, *, capture: tuple[Captured, ...] = (), listener: Listener | None = None
+    ) -> Record:
+        """Run the target alone."""
+        settings = {**self.settings(), "seed": self.seed, "listener": listener}
+        return model.record(self.target, capture=capture, **settings)
+
+    def run_source(
+        self,
+        model: DiffusionModel,
+        target: Record,
+        *,
+        capture: tuple[Captured, ...] = (),
+        listener: Listener | None = None,
+    ) -> Record:
+        """Run the source: from its noise, or from where it leaves the target's run."""
+        if self.source_from:
+            return target.fork(self.source_from, prompt=self.source, capture=capture, listener=listener)
+        settings = {**self.settings(), "seed": self.seed, "listener": listener}
+        return model.record(self.source, capture=capture, **settings)
+
     def patch(self, source: Record, target: Record, *, listener: Listener | None = None) -> Record | None:
-        """Return the patched run, computed only from the first patched step on."""
+        """Return the patched run, computed only from the first patched step on; None without patches."""
         if not self.patches:
             return None
         return target.fork(

@@ -111,7 +111,7 @@ class PatchMap:
     def _provide(self, site: str, listener: Listener | None) -> None:
         """See that the source has the site's activations, running it once more if it must."""
         if site not in self.source.captured:
-            again = self.source.fork(0, capture=[site], listener=listener)
+            again = self.source.fork(self.experiment.source_from, capture=[site], listener=listener)
             self.source.captured[site] = again.captured[site]
 
 

@@ -13,7 +13,7 @@ import torch
 from workbench import zoo
 from workbench.errors import InputError
 from workbench.experiments.experiment import Experiment, PatchSpec
-from workbench.tracing.ledger import ALL
+from workbench.tracing.ledger import ALL, Row
 from workbench.tracing.record import Record
 from workbench.tracing.sites import Site
 from workbench.tracing.structure import Leaf, leaves
@@ -34,21 +34,27 @@ def workbench_code(experiment: Experiment) -> str:
         "settings = {",
         *(f"    {name!r}: {value!r}," for name, value in settings.items()),
         "}",
-        f"source = model.record({experiment.source!r}{capture}, **settings)",
     ]
+    target = f"target = model.record({experiment.target!r}, **settings)"
+    leaving = experiment.source_from
+    if leaving:
+        lines += [target, f"source = target.fork({leaving}, prompt={experiment.source!r}{capture})"]
+    else:
+        lines += [f"source = model.record({experiment.source!r}{capture}, **settings)"]
     if experiment.patches:
         lines += [
-            "patched = model.record(",
-            f"    {experiment.target!r},",
+            f"patched = target.fork(\n    {leaving},"
+            if leaving
+            else f"patched = model.record(\n    {experiment.target!r},",
             "    interventions=[",
-            *(line for patch in experiment.patches for line in _patch_lines(patch)),
+            *(line for patch in experiment.patches for line in _patch_lines(patch, leaving)),
             "    ],",
-            "    **settings,",
+            *([] if leaving else ["    **settings,"]),
             ")",
             "patched.images[0]",
         ]
     else:
-        lines += [f"target = model.record({experiment.target!r}, **settings)", "target.images[0]"]
+        lines += [*([] if leaving else [target]), "target.images[0]"]
     return "\n".join(lines) + "\n"
 
 
@@ -65,14 +71,23 @@ def standalone_code(experiment: Experiment, source: Record, target: Record) -> s
             plain hooks on modules do not reach.
     """
     parts = [_HEAD, _constants(experiment, source, target)]
-    parts += [_PATCHED if experiment.patches else _PLAIN]
+    if experiment.acting(target.ledger.steps):
+        parts += [_PATCHED, _LEAVING if experiment.source_from else _OWN]
+    else:
+        parts += [_PLAIN]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
-def _patch_lines(patch: PatchSpec) -> list[str]:
+def _patch_lines(patch: PatchSpec, leaving: int) -> list[str]:
     arguments = [repr(patch.site), "source=source"]
     if patch.steps is not None:
-        arguments.append(f"steps={_steps_code(patch.steps)}")
+        # Before the source leaves, it is the target's own run and a patch changes nothing.
+        acting = [step for step in patch.steps if step < 0 or step >= leaving]
+        if not acting:
+            return []
+        arguments.append(f"steps={_steps_code(acting)}")
+    elif leaving:
+        arguments.append(f"steps=range({leaving}, target.ledger.steps)")
     if patch.branch != ALL:
         arguments.append(f"branch={patch.branch!r}")
     return ["        wb.Patch(", *(f"            {each}," for each in arguments), "        ),"]
@@ -105,17 +120,43 @@ def _constants(experiment: Experiment, source: Record, target: Record) -> str:
         f"SEED = {experiment.seed!r}",
         f"THREADS = {torch.get_num_threads()}  # as in the run: on a CPU the last bits depend on it",
     ]
-    if experiment.patches:
+    patches = experiment.acting(target.ledger.steps)
+    if patches:
         lines += [
             "",
             '# Each patch: the module, the part of what it returns (or "input"), and which denoiser calls of',
-            "# the target get which call of the source, with the rows of the batch as (branch, of branches).",
+            "# the one run get which call of the other, with the rows of the batch as (branch, of branches).",
             "PATCHES = [",
-            *(f"    {_patch_plan(patch, source, target)}," for patch in experiment.patches),
+            *(f"    {_patch_plan(patch, source, target)}," for patch in patches),
             "]",
             f"DENOISERS = {sorted({row.component for row in (*source.ledger, *target.ledger)})!r}",
+            *(_shared_lines(experiment, source, target) if experiment.source_from else []),
         ]
     return "\n".join(lines)
+
+
+def _shared_lines(experiment: Experiment, source: Record, target: Record) -> list[str]:
+    """Return the constant that makes the source's run the target's up to where it leaves."""
+    shared = [row for row in target.ledger if row.step < experiment.source_from]
+    if any(row.branches != source.ledger[row.call].branches for row in shared):
+        raise InputError(
+            "The source and the target do not call the denoiser alike, so a script cannot make the one from "
+            "the other. Export this one as a script on the workbench: format='workbench'."
+        )
+    plans = []
+    for component in sorted({row.component for row in shared}):
+        mine = [row for row in shared if row.component == component]
+        leaf = next(iter(leaves(target.calls[mine[0].call])))[0]
+        plans.append(
+            repr((component, "output", leaf, {row.call: (row.call, _all_rows(row)) for row in mine}))
+        )
+    return [
+        "",
+        "# What the source shares with the target: up to where it leaves, the denoiser's own outputs.",
+        "SHARED = [",
+        *(f"    {plan}," for plan in plans),
+        "]",
+    ]
 
 
 def _patch_plan(patch: PatchSpec, source: Record, target: Record) -> str:
@@ -148,6 +189,11 @@ def _patch_plan(patch: PatchSpec, source: Record, target: Record) -> str:
             )
         calls[row.call] = (given.call, rows)
     return repr((site.path, site.port, _leaf(site, source), calls))
+
+
+def _all_rows(row: Row) -> list[tuple[int, int, int, int]]:
+    count = len(row.branches)
+    return [(index, count, index, count) for index in range(count)]
 
 
 def _leaf(site: Site, source: Record) -> Leaf:
@@ -249,17 +295,22 @@ def hook(module, port, seen):
     return module.register_forward_pre_hook(first, with_kwargs=True)
 
 
-def run(prompt, look):
-    """Generate with ``look(patch number, call, value)`` at every patched module."""
+def run(prompt, keeps=(), puts=()):
+    """Generate a prompt; keep what the patches in ``keeps`` need, put what those in ``puts`` say."""
     calls = Calls()
     hooks = []
     for name in DENOISERS:
         denoiser = getattr(pipeline, name)
         hooks.append(denoiser.register_forward_pre_hook(calls.enter))
-    for number, (path, port, leaf, plan) in enumerate(PATCHES):
-        name, _, rest = path.partition(".")
-        module = getattr(pipeline, name).get_submodule(rest)
-        hooks.append(hook(module, port, lambda value, number=number: look(number, calls.now, value)))
+    for look, patches in ((keep, keeps), (put_in, puts)):
+        for patch in patches:
+            name, _, rest = patch[0].partition(".")
+            module = getattr(pipeline, name).get_submodule(rest)
+
+            def seen(value, look=look, patch=patch):
+                return look(patch, calls.now, value)
+
+            hooks.append(hook(module, patch[1], seen))
     for name in DENOISERS:
         hooks.append(getattr(pipeline, name).register_forward_hook(calls.leave))
     try:
@@ -272,27 +323,34 @@ def run(prompt, look):
 kept = {}
 
 
-def keep(number, call, value):
-    """In the source's run: keep what the patches will need."""
-    path, port, leaf, plan = PATCHES[number]
+def keep(patch, call, value):
+    """In the one run: keep what the patch will need."""
+    path, port, leaf, plan = patch
     if call in {given for given, _ in plan.values()}:
-        kept[number, call] = pick(value, leaf).clone()
+        kept[path, port, leaf, call] = pick(value, leaf).clone()
     return value
 
 
-def patch(number, call, value):
-    """In the target's run: put the source's activation in."""
-    path, port, leaf, plan = PATCHES[number]
+def put_in(patch, call, value):
+    """In the other run: put the activation in."""
+    path, port, leaf, plan = patch
     if call not in plan:
         return value
     given, branches = plan[call]
-    changed, source = pick(value, leaf).clone(), kept[number, given]
+    changed, source = pick(value, leaf).clone(), kept[path, port, leaf, given]
     for index, count, source_index, source_count in branches:
         changed[rows(changed, index, count)] = source[rows(source, source_index, source_count)]
     return put(value, leaf, changed)
-
-
-run(SOURCE, keep)
-run(TARGET, patch).save(options.out)
 '''
 )
+
+_OWN = """
+run(SOURCE, keeps=PATCHES)
+run(TARGET, puts=PATCHES).save(options.out)
+"""
+
+_LEAVING = """
+run(TARGET, keeps=SHARED)
+run(SOURCE, keeps=PATCHES, puts=SHARED)  # the target's run up to where the source leaves it
+run(TARGET, puts=PATCHES).save(options.out)
+"""

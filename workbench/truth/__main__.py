@@ -38,15 +38,13 @@ def main(arguments: list[str] | None = None) -> None:
         target="a blue circle",
         num_inference_steps=20,
         guidance_scale=3.0,
+        source_from=STEPS[0],
         patches=(PATCH,),
     )
     with quiet_run(model.pipeline):
         print(f"{PATCH.site}, steps {STEPS[0]} to {STEPS[-1]}; elsewhere {ELSEWHERE}; reads red:")
         seeds = range(given.seeds)
-        rates = colour_rates(
-            model, experiment, colour="red", elsewhere=ELSEWHERE, seeds=seeds, source_from=STEPS[0]
-        )
-        print(rates)
+        print(colour_rates(model, experiment, colour="red", elsewhere=ELSEWHERE, seeds=seeds))
         print(word_overlap(model, circle_prompts(given.prompts), "circle"))
 
 

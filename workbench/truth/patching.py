@@ -52,7 +52,6 @@ def colour_rates(
     colour: str,
     elsewhere: str,
     seeds: Sequence[int],
-    source_from: int | None = None,
 ) -> Rates:
     """Return how often the first object reads as ``colour``, with a patch and with its controls.
 
@@ -62,21 +61,14 @@ def colour_rates(
         colour: the colour that the source's prompt names and the target's does not.
         elsewhere: the other site.
         seeds: each gives one source, target and patched run.
-        source_from: the source is the target's own run up to this step and has its prompt from there on, so
-            that both have their objects in the same place; None is a run of its own.
     """
     patch = experiment.patches[0]
     other = PatchSpec(site=elsewhere, steps=patch.steps, branch=patch.branch)
     counts = dict.fromkeys(("source", "target", "patched", "elsewhere", "random"), 0)
     for seed in seeds:
         at_seed = experiment.model_copy(update={"seed": seed})
-        settings = {**at_seed.settings(), "seed": seed}
-        target = model.record(at_seed.target, **settings)
-        capture = [patch.site, elsewhere]
-        if source_from is None:
-            source = model.record(at_seed.source, capture=capture, **settings)
-        else:
-            source = target.fork(source_from, prompt=at_seed.source, capture=capture)
+        target = at_seed.run_target(model)
+        source = at_seed.run_source(model, target, capture=(patch.site, elsewhere))
         there = at_seed.model_copy(update={"patches": (other,)})
         control = [RandomDirection.of(each, seed) for each in at_seed.patched(source)]
         first = at_seed.first_step(target.ledger.steps)

@@ -47,6 +47,8 @@ class Workbench:
         seed: noise seed of both runs.
         steps: steps of both runs; None is the pipeline's own default.
         guidance: guidance scale of both; None is the pipeline's own default.
+        source_from: the step at which the source leaves the target's run, so that both images have one
+            layout; 0 is a source with a run of its own.
         **arguments: further pipeline arguments of both runs, such as ``height`` and ``width``.
     """
 
@@ -59,6 +61,7 @@ class Workbench:
         seed: int = 0,
         steps: int | None = None,
         guidance: float | None = None,
+        source_from: int = 0,
         **arguments: Any,
     ) -> None:
         self.model = model if isinstance(model, DiffusionModel) else DiffusionModel(model)
@@ -79,6 +82,7 @@ class Workbench:
             seed=seed,
             steps=own.get("num_inference_steps") or 20 if steps is None else steps,
             guidance=float(guidance or 0.0),
+            source_from=source_from,
             can_guide="guidance_scale" in own,
         )
         self.tree = component_tree(self.model)
@@ -238,7 +242,7 @@ class Workbench:
         self.map.on("stop", lambda _: self.stop())
         self.map.on("window", self._guarded(lambda asked: self.set_window(asked.value)))
         self.code.on("export", self._guarded(lambda asked: self._export_clicked(asked.format)))
-        for name in ("source", "target", "seed", "steps", "guidance"):
+        for name in ("source", "target", "seed", "steps", "guidance", "source_from"):
             self.controls.observe(lambda _: self._settings_changed(), name)
 
     def _guarded(self, act: Callable[[Any], Any]) -> Callable[[Any], None]:
@@ -358,11 +362,13 @@ class Workbench:
                 num_inference_steps=controls.steps,
                 guidance_scale=controls.guidance if controls.can_guide else None,
                 arguments=self._arguments,
+                source_from=controls.source_from,
             )
         except ValidationError as error:
             first = error.errors()[0]
-            field = ".".join(map(str, first["loc"]))
-            raise InputError(f"{field} = {first.get('input')!r} cannot be used: {first['msg']}.") from error
+            field, why = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+            what = f"{field} = {first.get('input')!r} cannot be used: {why}." if field else f"{why}."
+            raise InputError(what) from error
 
     def _need_pair(self) -> Pair:
         if self._pair is None:

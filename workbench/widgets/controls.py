@@ -42,6 +42,7 @@ class RunControls(Element):
         seed: seed of the noise.
         steps: number of inference steps.
         guidance: guidance scale.
+        source_from: the step at which the source leaves the target's run; 0 is a run of its own.
         can_guide: whether the pipeline takes a guidance scale.
         status: ``idle``, ``running``, ``stopping``, ``error`` or ``done``.
         progress: ``{label, step, of, rate, left}``: steps a second and seconds left, or ``None``.
@@ -51,7 +52,9 @@ class RunControls(Element):
 
     _bundle: ClassVar[str] = "controls"
     _messages: ClassVar = {"run": Run, "stop": Stop, "dismiss": Dismiss}
-    _editable: ClassVar[frozenset[str]] = frozenset({"source", "target", "seed", "steps", "guidance"})
+    _editable: ClassVar[frozenset[str]] = frozenset(
+        {"source", "target", "seed", "steps", "guidance", "source_from"}
+    )
 
     model_name = t.Unicode("").tag(sync=True)
     scheduler = t.Unicode("").tag(sync=True)
@@ -60,6 +63,7 @@ class RunControls(Element):
     seed = t.Int(0, min=0, max=_LARGEST_SEED).tag(sync=True)
     steps = t.Int(20, min=1, max=1000).tag(sync=True)
     guidance = t.Float(4.0, min=0.0, max=100.0).tag(sync=True)
+    source_from = t.Int(0, min=0, max=999).tag(sync=True)
     can_guide = t.Bool(True).tag(sync=True)
     status = t.Enum(["idle", "running", "stopping", "error", "done"], "idle").tag(sync=True)
     progress = t.Dict().tag(sync=True)
@@ -77,6 +81,7 @@ class RunControls(Element):
                 ("model", self.model_name),
                 ("scheduler", self.scheduler),
                 ("source", self.source),
+                ("source from step", self.source_from),
                 ("target", self.target),
                 ("seed", self.seed),
                 ("steps", self.steps),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,16 +62,22 @@ class Stage:
         Activations for the patch map are kept from the source's run if they fit in a quarter of the
         free memory; otherwise a click runs the source once more for its own site.
         """
-        settings = {**experiment.settings(), "seed": experiment.seed, "listener": listener}
         seen = Shapes()
         listener.label = "target"
-        target = self._record(experiment.target, settings, (seen,))
+        target = self._with_attention(
+            lambda capture: experiment.run_target(self.model, capture=(*capture, seen), listener=listener)
+        )
         self.model.shapes = seen.text()
         sites = patch_sites(self.model.denoisers, seen)
         needed = sum(seen.bytes[site.path] for site in sites) * len(target.ledger)
         fits = needed <= psutil.virtual_memory().available * _SHARE_OF_MEMORY
         listener.label = "source"
-        source = self._record(experiment.source, settings, tuple(map(str, sites)) if fits else ())
+        kept = tuple(map(str, sites)) if fits else ()
+        source = self._with_attention(
+            lambda capture: experiment.run_source(
+                self.model, target, capture=(*capture, *kept), listener=listener
+            )
+        )
         return Pair(experiment, source, target, PatchMap(experiment, source, target, sites, window=window))
 
     def measure_floor(self, pair: Pair, listener: Listener) -> tuple[float, float]:
@@ -103,9 +110,9 @@ class Stage:
             return ""
         return str(shapes.read(image))
 
-    def _record(self, prompt: str, settings: dict[str, Any], capture: tuple[Captured, ...]) -> Record:
+    def _with_attention(self, run: Callable[[tuple[Captured, ...]], Record]) -> Record:
         """Run with attention where the model's can be seen; without, where it cannot."""
         try:
-            return self.model.record(prompt, capture=(*capture, Attention(dtype=torch.float16)), **settings)
+            return run((Attention(dtype=torch.float16),))
         except GuardError:
-            return self.model.record(prompt, capture=capture, **settings)
+            return run(())

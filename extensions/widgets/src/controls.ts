@@ -16,6 +16,7 @@ interface State extends ElementState {
   seed: number;
   steps: number;
   guidance: number;
+  source_from: number;
   can_guide: boolean;
   status: "idle" | "running" | "stopping" | "error" | "done";
   progress: { label?: string; step?: number; of?: number; rate?: number | null; left?: number | null };
@@ -42,6 +43,8 @@ class RunControls {
   private readonly canvas = h("canvas", { class: "wb-crisp", hidden: true });
   private readonly dice = iconButton("dice", "Another seed", () => this.put("seed", Math.floor(Math.random() * SEEDS)));
   private readonly numbers = (["seed", "steps", "guidance"] as const).map((name) => this.numberField(name));
+  private readonly leaving = this.numberField("source_from");
+  private readonly fields = [...this.numbers, this.leaving];
   private readonly prompts = [
     new PromptField("source", "What the activation comes from", (text) => this.put("source", text)),
     new PromptField("target", "What it is put into", (text) => this.put("target", text)),
@@ -53,6 +56,9 @@ class RunControls {
     this.run.title = "Run (Ctrl+Enter)";
     this.stop.append(glyph("stop"), this.stopWord);
     this.numbers[0]!.element.append(this.dice);
+    this.leaving.element.title =
+      "0: the source runs on its own. A later step: it leaves the target's run there, so that both images have one layout.";
+    this.prompts[0].element.append(this.leaving.element);
     this.build();
     this.follow();
     if (panel.saved) this.freeze();
@@ -87,7 +93,7 @@ class RunControls {
 
   private follow(): void {
     const { panel, model } = this;
-    for (const field of this.numbers) panel.watch([field.name], () => field.show(model.get(field.name)));
+    for (const field of this.fields) panel.watch([field.name], () => field.show(model.get(field.name)));
     panel.watch(["source"], () => this.prompts[0].show(model.get("source")));
     panel.watch(["target"], () => this.prompts[1].show(model.get("target")));
     panel.watch(["model_name", "scheduler"], () => {
@@ -103,7 +109,7 @@ class RunControls {
 
   /** In a saved page the fields can be read and copied, not changed. */
   private freeze(): void {
-    for (const field of this.numbers) field.input.readOnly = true;
+    for (const field of this.fields) field.input.readOnly = true;
     for (const field of this.prompts) field.area.readOnly = true;
     this.dice.disabled = true;
   }
@@ -126,7 +132,7 @@ class RunControls {
 
   private showStatus(): void {
     const stopping = this.model.get("status") === "stopping";
-    const refused = this.numbers.map((field) => field.refused).find(Boolean) ?? "";
+    const refused = this.fields.map((field) => field.refused).find(Boolean) ?? "";
     this.run.hidden = this.active;
     this.run.disabled = this.panel.saved || refused !== "";
     this.stop.hidden = !this.active;

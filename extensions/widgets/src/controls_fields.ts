@@ -2,7 +2,7 @@
 
 import { h, setText, uniqueId } from "./lib/dom";
 
-export type NumberName = "seed" | "steps" | "guidance";
+export type NumberName = "seed" | "steps" | "guidance" | "source_from";
 
 export interface NumberRule {
   label: string;
@@ -17,6 +17,7 @@ export const RULES: Record<NumberName, NumberRule> = {
   seed: { label: "Seed", least: 0, most: Number.MAX_SAFE_INTEGER, whole: true, width: "96px" },
   steps: { label: "Steps", least: 1, most: 1000, whole: true, width: "56px" },
   guidance: { label: "Guidance", least: 0, most: 100, whole: false, width: "56px" },
+  source_from: { label: "from step", least: 0, most: 999, whole: true, width: "44px" },
 };
 
 /** Why the text does not fit the rule, or "" where it does. */

@@ -3,9 +3,9 @@
 import { onResize } from "./lib/canvas";
 import { copyButton } from "./lib/clipboard";
 import { glyph, h, uniqueId } from "./lib/dom";
-import { count } from "./lib/format";
+import { bytes, count } from "./lib/format";
 import { perFrame } from "./lib/timing";
-import type { Row } from "./tree_model";
+import type { Row, TreeNode } from "./tree_model";
 
 const ROW = 24;
 const SPARE = 8;
@@ -82,7 +82,7 @@ export class Rows {
       h("span", { class: "tree-class wb-clip" }, node.cls),
       h("span", { class: "tree-shape wb-mono wb-clip" }, node.shape),
       look.marked.has(node.path) && h("span", { class: "tree-dot", title: "captured or patched" }),
-      h("span", { class: "tree-count" }, node.parameters ? count(node.parameters) : ""),
+      h("span", { class: "tree-count", title: memory(node) }, node.parameters ? count(node.parameters) : ""),
       this.copy(node.path),
     );
     row.classList.toggle("active", node.path === look.active);
@@ -96,6 +96,17 @@ export class Rows {
     button.tabIndex = -1;
     return button;
   }
+}
+
+const WIDTHS = { float32: 4, bfloat16: 2, float16: 2, int8: 1 };
+
+/** What the parameters take up, a dtype a line. */
+function memory({ parameters, dtype, device }: TreeNode): string | null {
+  if (!parameters) return null;
+  const now = device === "meta" ? "not loaded" : `now, on ${device}`;
+  const line = ([name, width]: [string, number]): string =>
+    `${bytes(parameters * width)} as ${name}${name === dtype ? ` (${now})` : ""}`;
+  return Object.entries(WIDTHS).map(line).join("\n");
 }
 
 /** The name with the part that was searched for marked. */

@@ -15,6 +15,12 @@ export function count(value: number): string {
   return String(value);
 }
 
+/** 5_234_112 → "5.2 MB". */
+export function bytes(value: number): string {
+  const [size, unit] = ([[1e9, "GB"], [1e6, "MB"], [1e3, "kB"]] as const).find(([least]) => value >= least) ?? [1, "B"];
+  return `${size === 1 ? value : fixed(value / size)}\u202f${unit}`;
+}
+
 function fixed(value: number): string {
   return value >= 99.95 ? value.toFixed(0) : value.toFixed(1);
 }
