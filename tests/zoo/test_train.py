@@ -9,10 +9,11 @@ from safetensors.torch import load_file
 from workbench.errors import InputError
 from workbench.zoo import train
 from workbench.zoo.autoencoder import to_tensor
-from workbench.zoo.denoiser import Average, encode_pool
+from workbench.zoo.denoiser import encode_pool
 from workbench.zoo.shapes import render
+from workbench.zoo.training import Average, Recipe
 
-TINY = train.Recipe(vae_steps=2, images=64, steps=4, batch=4, scenes=16, keep_every=2)
+TINY = Recipe(vae_steps=2, images=64, steps=4, batch=4, scenes=16, keep_every=2)
 
 
 def weights(folder):
@@ -47,7 +48,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(whole, tmp_path, mon
 
 
 def test_a_run_can_begin_with_the_weights_of_another(whole, tmp_path):
-    still = train.Recipe(steps=1, batch=4, scenes=16, keep_every=1, rate=0.0, seed=9)
+    still = Recipe(steps=1, batch=4, scenes=16, keep_every=1, rate=0.0, seed=9)
     went_on = train.train_shapes_unet(tmp_path, still, whole[1])
     for file in whole[1].rglob("*.safetensors"):
         before, after = load_file(file), load_file(went_on / file.relative_to(whole[1]))

@@ -7,8 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from torch import Tensor, nn
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from workbench.zoo.autoencoder import mixed_precision, to_tensor
@@ -54,7 +60,7 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def build_scheduler() -> DDIMScheduler:
-    """Make the noise schedule: a thousand scaled-linear steps, of which sampling takes the last first."""
+    """Make the noise schedule that is trained on: a thousand scaled-linear steps."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -67,6 +73,16 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
+def build_sampler() -> DPMSolverMultistepScheduler:
+    """Make the scheduler that samples: DPM-Solver++ (Lu et al., 2022) on the same noise.
+
+    Of twenty steps it makes better use than DDIM, which gets one prompt in fifty more wrong.
+    """
+    config = build_scheduler().config
+    sampler: DPMSolverMultistepScheduler = DPMSolverMultistepScheduler.from_config(config)
+    return sampler
+
+
 def assemble(
     vae: AutoencoderKL, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, tokenizer: CLIPTokenizer
 ) -> StableDiffusionPipeline:
@@ -76,7 +92,7 @@ def assemble(
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=build_scheduler(),
+        scheduler=build_sampler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -94,7 +110,9 @@ class Pool:
 
 
 @torch.no_grad()
-def encode_pool(vae: AutoencoderKL, count: int, seed: int, *, pairs: float = 0.0, chunk: int = 250) -> Pool:
+def encode_pool(
+    vae: AutoencoderKL, count: int, seed: int, *, pairs: float = 0.0, twins: float = 0.0, chunk: int = 250
+) -> Pool:
     """Draw scenes and encode them once, so that training the denoiser needs no autoencoder.
 
     Args:
@@ -102,10 +120,16 @@ def encode_pool(vae: AutoencoderKL, count: int, seed: int, *, pairs: float = 0.0
         count: how many.
         seed: of the drawing.
         pairs: share of them that must have two objects, the harder ones.
+        twins: share of them that are two objects of one colour and shape.
         chunk: how many are encoded at a time.
     """
     rng = np.random.default_rng(seed)
-    scenes = [sample(rng, objects=2 if rng.random() < pairs else None) for _ in range(count)]
+    scenes = [
+        sample(rng, twins=True)
+        if rng.random() < twins
+        else sample(rng, objects=2 if rng.random() < pairs else None)
+        for _ in range(count)
+    ]
     parts = []
     for start in range(0, count, chunk):
         images = to_tensor(render_many(scenes[start : start + chunk]))
@@ -130,6 +154,9 @@ def draw_batch(
 ) -> Batch:
     """Draw the batch of a step; the same step of the same seed is the same batch, also after a restart.
 
+    Twins are only ever seen with the empty prompt: what it expects and a prompt does not, guidance steers
+    away from, and two objects of one kind for two kinds is what goes wrong most.
+
     Args:
         pool: where the scenes come from.
         tokenizer: of the prompts.
@@ -141,7 +168,8 @@ def draw_batch(
     rng = np.random.default_rng([seed, step])
     chosen = rng.integers(len(pool.scenes), size=size)
     prompts = [
-        "" if rng.random() < empty else pool.scenes[index].prompt(sample_wording(rng)) for index in chosen
+        "" if scene.twins or rng.random() < empty else scene.prompt(sample_wording(rng))
+        for scene in (pool.scenes[index] for index in chosen)
     ]
     ids = tokenizer(
         prompts, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt"
@@ -176,22 +204,3 @@ def denoising_loss(
     usual = 0.04 + 0.4 * (batch.timesteps / 1000) ** 4
     loss: Tensor = (error / usual).mean()
     return loss
-
-
-class Average:
-    """The running average of a model's weights, which is what is shipped."""
-
-    def __init__(self, model: nn.Module, decay: float = 0.999) -> None:
-        self.decay = decay
-        self.weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Move towards the model's weights, faster in the first steps."""
-        pull = 1 - min(self.decay, (1 + step) / (10 + step))
-        for name, value in model.state_dict().items():
-            kept = self.weights[name]
-            if kept.is_floating_point():
-                kept.lerp_(value, pull)
-            else:
-                kept.copy_(value)

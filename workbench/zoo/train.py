@@ -11,18 +11,16 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import time
-from dataclasses import dataclass, fields
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import DDPMPipeline, DiffusionPipeline, StableDiffusionPipeline
+from torch import Tensor
 
 from workbench.errors import InputError, nearest
 from workbench.zoo.autoencoder import load_or_train
 from workbench.zoo.denoiser import (
-    Average,
     assemble,
     build_scheduler,
     build_text_encoder,
@@ -32,107 +30,22 @@ from workbench.zoo.denoiser import (
     encode_pool,
 )
 from workbench.zoo.tokens import build_tokenizer
+from workbench.zoo.training import Recipe, Training
+from workbench.zoo.unconditional import (
+    assemble_unconditional,
+    build_ddpm_scheduler,
+    build_unconditional,
+    draw_images,
+    noise_loss,
+)
 
 log = logging.getLogger(__name__)
 
-RECIPES = ("shapes-unet",)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The numbers of a training run.
-
-    Attributes:
-        vae_steps: optimiser steps of the autoencoder, of 32 images each.
-        images: how many images are drawn for it.
-        steps: optimiser steps of the denoiser.
-        batch: scenes a step of the denoiser.
-        rate: highest learning rate of its one-cycle schedule.
-        scenes: how many scenes are drawn and encoded for it.
-        pairs: share of the scenes that are drawn with two objects; the others as ``sample`` does.
-        seed: of everything.
-        keep_every: steps between checkpoints.
-    """
-
-    vae_steps: int = 1600
-    images: int = 20_000
-    steps: int = 4200
-    batch: int = 48
-    rate: float = 1e-3
-    scenes: int = 60_000
-    pairs: float = 0.0
-    seed: int = 0
-    keep_every: int = 250
-
-
-class Denoiser:
-    """The denoiser in training: models, running averages, optimiser and schedule.
-
-    Args:
-        recipe: the numbers.
-        start: whose weights and tokenizer to begin with; None is random weights.
-
-    Attributes:
-        step: how many steps have been made.
-    """
-
-    def __init__(self, recipe: Recipe, start: StableDiffusionPipeline | None = None) -> None:
-        torch.manual_seed(recipe.seed)
-        self.tokenizer = build_tokenizer() if start is None else start.tokenizer
-        self.models = {"text_encoder": build_text_encoder(self.tokenizer), "unet": build_unet()}
-        for name, model in self.models.items():
-            if start is not None:
-                model.load_state_dict(getattr(start, name).state_dict())
-            model.train()
-        self.models["unet"].to(memory_format=torch.channels_last)  # a tenth faster on a processor
-        self.averages = {name: Average(model) for name, model in self.models.items()}
-        parameters = [weight for model in self.models.values() for weight in model.parameters()]
-        self.optimiser = torch.optim.AdamW(parameters, lr=recipe.rate, betas=(0.9, 0.99), weight_decay=0.01)
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimiser, recipe.rate, total_steps=recipe.steps, pct_start=0.06
-        )
-        self.noise = build_scheduler()
-        self.step = 0
-
-    def state(self) -> dict[str, Any]:
-        """Everything a later run needs to go on from here."""
-        return {
-            "step": self.step,
-            "models": {name: model.state_dict() for name, model in self.models.items()},
-            "averages": {name: average.weights for name, average in self.averages.items()},
-            "optimiser": self.optimiser.state_dict(),
-            "schedule": self.schedule.state_dict(),
-        }
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Go back to a state that ``state`` returned."""
-        self.step = state["step"]
-        for name, model in self.models.items():
-            model.load_state_dict(state["models"][name])
-            self.averages[name].weights = state["averages"][name]
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.schedule.load_state_dict(state["schedule"])
-
-    def advance(self, batch: Any) -> float:
-        """Make one optimiser step; returns the loss."""
-        loss = denoising_loss(self.models["text_encoder"], self.models["unet"], self.noise, batch)
-        self.optimiser.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        for model in self.models.values():
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        self.optimiser.step()
-        self.schedule.step()
-        for name, model in self.models.items():
-            self.averages[name].update(model, self.step)
-        self.step += 1
-        return float(loss.detach())
-
-    def pipeline(self, vae: AutoencoderKL) -> StableDiffusionPipeline:
-        """The averaged weights as a pipeline."""
-        text_encoder, unet = build_text_encoder(self.tokenizer), build_unet()
-        text_encoder.load_state_dict(self.averages["text_encoder"].weights)
-        unet.load_state_dict(self.averages["unet"].weights)
-        return assemble(vae, text_encoder.eval(), unet.eval(), self.tokenizer)
+RECIPES = {
+    "shapes-unet": Recipe(),
+    "shapes-ddpm": Recipe(steps=3000, batch=16, scenes=20_000),
+}
+"""The numbers that each model is trained with, unless the command line says otherwise."""
 
 
 def train_shapes_unet(out: Path, recipe: Recipe, start: Path | None = None) -> Path:
@@ -151,53 +64,80 @@ def train_shapes_unet(out: Path, recipe: Recipe, start: Path | None = None) -> P
     else:
         first = StableDiffusionPipeline.from_pretrained(start)
         vae = first.vae
-    denoiser = Denoiser(recipe, first)
-    kept = out / "denoiser.pt"
-    if kept.exists():
-        denoiser.load(torch.load(kept, weights_only=True))
-        log.info("going on from step %d", denoiser.step)
-    export(denoiser.pipeline(vae), out / "export")
-    pool = encode_pool(vae, recipe.scenes, recipe.seed + 2, pairs=recipe.pairs)
+    torch.manual_seed(recipe.seed)
+    tokenizer = build_tokenizer() if first is None else first.tokenizer
+    text_encoder, unet, noise = build_text_encoder(tokenizer), build_unet(), build_scheduler()
+    if first is not None:
+        text_encoder.load_state_dict(first.text_encoder.state_dict())
+        unet.load_state_dict(first.unet.state_dict())
+    unet.to(memory_format=torch.channels_last)  # a tenth faster on a processor
+    training = Training({"text_encoder": text_encoder, "unet": unet}, recipe)
+    training.resume(out / "denoiser.pt")
+
+    def write() -> None:
+        averaged = training.averaged("text_encoder", build_text_encoder(tokenizer))
+        pipeline = assemble(vae, averaged, training.averaged("unet", build_unet()), tokenizer)
+        export(pipeline, out / "export")
+
+    write()
+    pool = encode_pool(vae, recipe.scenes, recipe.seed + 2, pairs=recipe.pairs, twins=recipe.twins)
     log.info("%d scenes encoded, latents' deviation %.3f", len(pool.scenes), float(pool.latents.std()))
-    started, begun, recent = time.monotonic(), denoiser.step, 1.0
-    while denoiser.step < recipe.steps:
-        batch = draw_batch(pool, denoiser.tokenizer, recipe.batch, recipe.seed, denoiser.step)
-        recent += 0.02 * (denoiser.advance(batch) - recent)
-        if denoiser.step % 50 == 0:
-            pace = (time.monotonic() - started) / (denoiser.step - begun)
-            log.info("unet %5d/%d  loss %.4f  %.2f s a step", denoiser.step, recipe.steps, recent, pace)
-        if denoiser.step % recipe.keep_every == 0 or denoiser.step == recipe.steps:
-            _keep(denoiser, vae, kept)
+
+    def loss(step: int) -> Tensor:
+        batch = draw_batch(pool, tokenizer, recipe.batch, recipe.seed, step)
+        return denoising_loss(text_encoder, unet, noise, batch)
+
+    training.run(loss, out / "denoiser.pt", write)
     return out / "export"
 
 
-def _keep(denoiser: Denoiser, vae: AutoencoderKL, kept: Path) -> None:
-    """Write the checkpoint aside and move it in place, so that a stop in between loses nothing."""
-    aside = kept.with_suffix(".part")
-    torch.save(denoiser.state(), aside)
-    aside.replace(kept)
-    export(denoiser.pipeline(vae), kept.parent / "export")
+def train_shapes_ddpm(out: Path, recipe: Recipe, start: Path | None = None) -> Path:
+    """Train ``shapes-ddpm``, or go on training it; as `train_shapes_unet`."""
+    torch.manual_seed(recipe.seed)
+    unet, noise = build_unconditional(), build_ddpm_scheduler()
+    if start is not None:
+        unet.load_state_dict(DDPMPipeline.from_pretrained(start).unet.state_dict())
+    unet.to(memory_format=torch.channels_last)
+    training = Training({"unet": unet}, recipe)
+    out.mkdir(parents=True, exist_ok=True)
+    training.resume(out / "denoiser.pt")
+    images = draw_images(recipe.scenes, recipe.seed + 2)
+
+    def write() -> None:
+        export(assemble_unconditional(training.averaged("unet", build_unconditional())), out / "export")
+
+    def loss(step: int) -> Tensor:
+        return noise_loss(unet, noise, images, recipe.batch, recipe.seed, step)
+
+    write()
+    training.run(loss, out / "denoiser.pt", write)
+    return out / "export"
 
 
-def export(pipeline: StableDiffusionPipeline, folder: Path) -> None:
+def export(pipeline: DiffusionPipeline, folder: Path) -> None:
     """Save a pipeline as float16 safetensors that load as float32 when no type is asked for.
 
     Args:
         pipeline: what to save; it is left as it is.
         folder: where to.
     """
-    for name in ("unet", "vae", "text_encoder"):
-        module = getattr(pipeline, name)
+    for name, module in pipeline.components.items():
+        if not isinstance(module, torch.nn.Module):
+            continue
         full = {key: value.detach().clone() for key, value in module.state_dict().items()}
-        module.half().save_pretrained(folder / name)
+        module.half().save_pretrained(folder / name)  # type: ignore[operator]
         module.float().load_state_dict(full)
-    pipeline.tokenizer.save_pretrained(folder / "tokenizer")
-    pipeline.scheduler.save_pretrained(folder / "scheduler")
+    for name in ("tokenizer", "scheduler"):
+        if name in pipeline.components:
+            pipeline.components[name].save_pretrained(folder / name)
     pipeline.save_config(folder)
-    # transformers loads the type named in the config, diffusers float32: name float32, or they differ.
-    config = folder / "text_encoder" / "config.json"
-    settings = json.loads(config.read_text()) | {"dtype": "float32"}
-    config.write_text(json.dumps(settings, indent=2) + "\n")
+    for config in (folder / "model_index.json", *folder.glob("*/config.json")):
+        settings = json.loads(config.read_text())
+        settings.pop("_name_or_path", None)  # where the weights were that it began with
+        if config.parent.name == "text_encoder":
+            # transformers loads the type named here, diffusers float32: name float32, or they differ.
+            settings["dtype"] = "float32"
+        config.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -209,15 +149,17 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--start", type=Path, default=None, help="folder of a pipeline to begin with")
     for number in fields(Recipe):
-        parser.add_argument(
-            f"--{number.name.replace('_', '-')}", type=type(number.default), default=number.default
-        )
+        parser.add_argument(f"--{number.name.replace('_', '-')}", type=type(number.default), default=None)
     given = parser.parse_args(arguments)
     if given.model not in RECIPES:
         raise InputError(f"There is no recipe for {given.model!r}.{nearest(given.model, RECIPES)}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    recipe = Recipe(**{number.name: getattr(given, number.name) for number in fields(Recipe)})
-    log.info("exported to %s", train_shapes_unet(given.out, recipe, given.start))
+    asked = {number.name: getattr(given, number.name) for number in fields(Recipe)}
+    recipe = replace(
+        RECIPES[given.model], **{name: value for name, value in asked.items() if value is not None}
+    )
+    train = train_shapes_unet if given.model == "shapes-unet" else train_shapes_ddpm
+    log.info("exported to %s", train(given.out, recipe, given.start))
 
 
 if __name__ == "__main__":

@@ -96,6 +96,11 @@ class Scene:
         return describe(self, wording)
 
     @property
+    def twins(self) -> bool:
+        """Whether it shows two objects of one colour and shape."""
+        return len(self.things) == 2 and self.things[0].pair == self.things[1].pair
+
+    @property
     def held_out(self) -> bool:
         """Whether the scene is one of those kept out of training."""
         pairs = frozenset(thing.pair for thing in self.things)
@@ -107,25 +112,35 @@ def _check(value: str, known: tuple[str, ...]) -> None:
         raise InputError(f"{value!r} is not in the shapes world.{nearest(value, known)}")
 
 
-def sample(rng: np.random.Generator, *, objects: int | None = None, held_out: bool = False) -> Scene:
+def sample(
+    rng: np.random.Generator, *, objects: int | None = None, held_out: bool = False, twins: bool = False
+) -> Scene:
     """Draw a scene.
 
     Args:
         rng: where the randomness comes from.
         objects: 1 or 2; drawn (two in three scenes have 2) if not given.
         held_out: draw from the compositions that are kept out of training instead of from the others.
+        twins: draw two objects of one colour and shape, which no prompt asks for.
 
     Returns:
-        A scene whose objects differ in colour or shape and do not overlap.
+        A scene whose objects do not overlap and differ in colour or shape, unless they are twins.
 
     Raises:
         InputError: if ``objects`` is neither 1 nor 2.
     """
     if objects not in (None, 1, 2):
         raise InputError(f"A scene has 1 or 2 objects, not {objects!r}.")
+    if twins and (held_out or objects == 1):
+        raise InputError(
+            "Twins are two objects of a pair that occurs in training: leave held_out and objects."
+        )
     while True:
         count = objects or (2 if rng.random() < 2 / 3 else 1)
-        scene = _draw_held_out(rng, count) if held_out else _draw(rng, _draw_pairs(rng, count))
+        if twins:
+            scene = _draw(rng, _draw_pairs(rng, 1) * 2)
+        else:
+            scene = _draw_held_out(rng, count) if held_out else _draw(rng, _draw_pairs(rng, count))
         if scene.held_out == held_out:
             return scene
 
