@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from workbench.models.diffuser import Diffuser as Diffuser
     from workbench.models.loop import trace_loop as trace_loop
     from workbench.models.model import DiffusionModel as DiffusionModel
+    from workbench.models.parallel.nemo import NeMoAutoDiffusionPipeline as NeMoAutoDiffusionPipeline
     from workbench.models.spec import PipelineSpec as PipelineSpec
     from workbench.tracing.capture import Capture as Capture
     from workbench.tracing.record import Record as Record
@@ -38,6 +39,7 @@ _HOMES = {
     "Experiment": "workbench.experiments.experiment",
     "Diffuser": "workbench.models.diffuser",
     "DiffusionModel": "workbench.models.model",
+    "NeMoAutoDiffusionPipeline": "workbench.models.parallel.nemo",
     "Patch": "workbench.interventions.patch",
     "PipelineSpec": "workbench.models.spec",
     "Record": "workbench.tracing.record",
@@ -60,6 +62,7 @@ __all__ = [
     "Diffuser",
     "DiffusionModel",
     "Experiment",
+    "NeMoAutoDiffusionPipeline",
     "Patch",
     "PipelineSpec",
     "Record",

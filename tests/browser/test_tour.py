@@ -45,7 +45,7 @@ class Tour:
 
     def card(self, label: str) -> Locator:
         """Return a card of the image strip."""
-        return self.app.locator("figure", has_text=label)
+        return self.app.locator("figure.card", has_text=label)
 
     def in_kernel(self, code: str) -> None:
         """Execute code in the notebook's kernel, which must succeed."""
@@ -125,8 +125,8 @@ def a_cell_patches(tour: Tour) -> None:
     tour.click_cell(18, 14)
     expect(code).to_contain_text("transformer_blocks.0.attn2", timeout=60_000)
     expect(code).to_contain_text("target.fork")
-    expect(tour.card("target")).to_contain_text("blue circle")
-    expect(tour.card("patched")).to_contain_text("red circle")
+    expect(tour.card("target").first).to_contain_text("blue circle")
+    expect(tour.card("patched").first).to_contain_text("red circle")
 
 
 def the_exported_script_makes_the_image_on_screen(tour: Tour) -> None:

@@ -129,7 +129,7 @@ def test_a_listener_is_told_of_every_call_and_tick(model):
     [("unett", "'unet'"), ("text_encoders", "'text_encoder'"), ("mid_block", "'unet'|There are")],
 )
 def test_an_unknown_component_names_the_nearest(model, name, near):
-    with pytest.raises(UnknownNameError, match=f"no component '{name}'.*({near})"):
+    with pytest.raises(UnknownNameError, match=f"no component or method '{name}'.*({near})"):
         getattr(model, name)
 
 

@@ -237,3 +237,11 @@ def test_a_folder_with_code_of_its_own_is_opened_only_when_asked_for(folder, tmp
     assert not mark.exists()
     assert opened(folder, trust_remote_code=True).automodel.__name__ == "OwnPipeline"
     assert mark.exists()
+
+
+def test_a_part_given_by_name_is_used_also_where_the_class_calls_it_optional(tmp_path):
+    pipeline = tiny.CASES["wan"].build()
+    pipeline.save_pretrained(tmp_path)
+    mine = tiny.CASES["wan"].build().transformer
+    assert opened(tmp_path, transformer=mine).components["transformer"] is mine
+    assert "transformer" not in opened(tmp_path, transformer=None).components

@@ -162,13 +162,28 @@ def from_pretrained(kind: Any, folder: str, asked: Mapping[str, Any]) -> Any:
             asked["dtype"] = {name: dtype_of(each) for name, each in asked["dtype"].items()}
         elif asked.get("dtype") is not None:
             asked["dtype"] = dtype_of(asked["dtype"])
-        return kind.from_pretrained(folder, **asked)
+        return _named(kind, folder, asked).from_pretrained(folder, **asked)
     except WorkbenchError:
         raise
     except (OSError, ValueError, AttributeError, TypeError, ImportError, RuntimeError, KeyError) as error:
         raise LoadError(
             f"{folder} could not be opened as a pipeline: {error}{_pickled(folder, asked)}"
         ) from error
+
+
+def _named(kind: Any, folder: str, asked: Mapping[str, Any]) -> Any:
+    """Return the class that a folder names, where parts are given by name and it is one of diffusers.
+
+    ``DiffusionPipeline`` itself does not know which parts of that class are optional, and would load those
+    from the folder in place of what is given.
+    """
+    import diffusers
+
+    if kind is not diffusers.DiffusionPipeline or "custom_pipeline" in asked:
+        return kind
+    index = options.index_of(folder, asked)
+    named, given = index.get("_class_name"), any(isinstance(index.get(name), list) for name in asked)
+    return getattr(diffusers, named, kind) if given and isinstance(named, str) else kind
 
 
 def _pickled(folder: str, asked: Mapping[str, Any]) -> str:

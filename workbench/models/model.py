@@ -15,13 +15,14 @@ from torch import nn
 from workbench import zoo
 from workbench.attention import heads as _heads  # noqa: F401  makes the ports known
 from workbench.attention import kernel as _kernel  # noqa: F401  likewise
-from workbench.errors import BusyError, InputError, UnknownNameError, nearest
+from workbench.errors import BusyError, InputError
 from workbench.interventions.intervention import Intervention
 from workbench.models import arguments as checks
 from workbench.models import asked
 from workbench.models.asked import Captured
 from workbench.models.loading import fetched, load, locate, pipeline_class
 from workbench.models.loop import Block, Loop, unreached
+from workbench.models.methods import PipelineMethods, public
 from workbench.models.options import loading_info, renamed
 from workbench.models.proxy import Home, ModuleProxy, proxy
 from workbench.models.shapes import Shapes
@@ -39,8 +40,8 @@ from workbench.tracing.system import System
 from workbench.tracing.trace import Trace
 
 
-class DiffusionModel:
-    """A diffusion pipeline with every value in reach.
+class DiffusionModel(PipelineMethods):
+    """A diffusion pipeline with every value in reach, and everything it can do besides running.
 
     Args:
         model: a zoo name (``"shapes-unet"``), a folder, a Hub id, or a live ``DiffusionPipeline``.
@@ -53,6 +54,7 @@ class DiffusionModel:
 
     Attributes:
         shapes: what each module returned in the first recorded run, as text by path.
+        managers: by component, what spreads it over the ranks; empty where nothing is spread.
 
     Raises:
         LoadError, UnknownNameError, InputError: the model cannot be opened; the message says why.
@@ -86,6 +88,7 @@ class DiffusionModel:
         self._running: dict[str, object] = {}
         self._trace: Trace | None = None
         self.shapes: dict[str, str] = {}
+        self.managers: dict[str, Any] = {}
         self._parts: dict[str, weakref.ref[nn.Module]] = {}
         self._take_in_parts()
 
@@ -96,6 +99,11 @@ class DiffusionModel:
         *,
         return_cached_folder: bool = False,
         output_loading_info: bool = False,
+        parallel_scheme: Mapping[str, Mapping[str, Any]] | None = None,
+        device: torch.device | str | None = None,
+        move_to_device: bool = False,
+        load_for_training: bool = False,
+        components_to_load: Sequence[str] | None = None,
         **options: Any,
     ) -> Any:
         """Open a folder or a Hub id, with its weights, as ``DiffusionPipeline.from_pretrained`` does.
@@ -104,12 +112,34 @@ class DiffusionModel:
             reference: a zoo name, a folder or a Hub id.
             return_cached_folder: also return the folder that the model was loaded from.
             output_loading_info: also return, by component, ``missing_keys`` and ``unexpected_keys``.
+            parallel_scheme: by component, how it is spread over the ranks that ``torchrun`` started; see
+                `workbench.models.parallel.schemes`. The model then has ``managers``.
+            device: where to move components; None is this rank's CUDA device, or the CPU.
+            move_to_device: move them there.
+            load_for_training: make their parameters trainable.
+            components_to_load: which components are moved and made trainable; None is all.
             **options: of ``from_pretrained``, and ``automodel``.
 
         Returns:
             The model; with what else was asked for, a tuple of it, the info and the folder, in this order.
         """
-        model = cls(reference, **{"dispatch": True, **options})
+        move_to_device = move_to_device or device is not None
+        if parallel_scheme or move_to_device or load_for_training:
+            from workbench.models.parallel.opening import open_spread
+
+            pipeline, managers = open_spread(
+                str(reference),
+                parallel_scheme=parallel_scheme,
+                device=device,
+                move_to_device=move_to_device,
+                load_for_training=load_for_training,
+                components_to_load=components_to_load,
+                **options,
+            )
+            model = cls(pipeline)
+            model._reference, model.managers = str(reference), managers
+        else:
+            model = cls(reference, **{"dispatch": True, **options})
         answers: list[Any] = [model]
         if output_loading_info or return_cached_folder:
             kind = pipeline_class(options.pop("automodel", None))
@@ -128,6 +158,8 @@ class DiffusionModel:
         *,
         dtype: torch.dtype | str | None = None,
         seed: int | None = None,
+        parallel_scheme: Mapping[str, Mapping[str, Any]] | None = None,
+        device: torch.device | str | None = None,
         **options: Any,
     ) -> Self:
         """Build a denoiser from its configuration, with random weights.
@@ -136,7 +168,11 @@ class DiffusionModel:
             reference: a zoo name, a folder or a Hub id; of the denoiser only the configuration is read.
             spec: what to build: a `PipelineSpec`, a dict, or the path of a YAML file with one.
             dtype: of the weights, a dtype of torch or its name; None is float32.
-            seed: of the weights; None leaves them to torch's own generator.
+            seed: of the weights; None leaves them to torch's own generator. Ranks that spread one model
+                need the same.
+            parallel_scheme: as in `from_pretrained`. Each rank makes the random weights whole before it
+                keeps its share.
+            device: where to move everything; None leaves it on the CPU, or where the scheme has it.
             **options: of ``from_pretrained``.
 
         Raises:
@@ -147,7 +183,15 @@ class DiffusionModel:
             >>> spec = {"transformer_cls": "UNet2DConditionModel", "subfolder": "unet"}
             >>> DiffusionModel.from_config("shapes-unet", {**spec, "load_full_pipeline": True}, seed=0)
         """
-        return cls(build(reference, PipelineSpec.read(spec), dtype=dtype, seed=seed, **options))
+        pipeline = build(reference, PipelineSpec.read(spec), dtype=dtype, seed=seed, **options)
+        managers: dict[str, Any] = {}
+        if parallel_scheme or device is not None:
+            from workbench.models.parallel.opening import spread
+
+            managers = spread(pipeline, parallel_scheme=parallel_scheme, device=device)
+        model = cls(pipeline)
+        model.managers = managers
+        return model
 
     @property
     def pipeline(self) -> Any:
@@ -523,12 +567,10 @@ class DiffusionModel:
             return ModuleProxy(name, component, self._home)
         if component is not None:
             return component
-        raise UnknownNameError(
-            f"{self.automodel.__name__} has no component {name!r}.{nearest(name, self.components)}"
-        )
+        return self._of_pipeline(name)
 
     def __dir__(self) -> list[str]:
-        return [*super().__dir__(), *self.components]
+        return [*super().__dir__(), *self.components, *public(self.automodel)]
 
     def __iter__(self) -> Iterator[str]:
         raise TypeError("A DiffusionModel is not a sequence; model.components has its parts.")

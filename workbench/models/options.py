@@ -91,7 +91,7 @@ def check(kind: Any, folder: str, options: Mapping[str, Any]) -> None:
         UnknownNameError: diffusers would drop an option without effect.
         InputError: code would run that did not come with diffusers.
     """
-    index = _index(folder, options)
+    index = index_of(folder, options)
     named = index.get("_class_name")
     custom = options.get("custom_pipeline")
     if not options.get("trust_remote_code", False):
@@ -116,7 +116,7 @@ def kept_dtypes(folder: Path, variant: str | None) -> dict[str, torch.dtype]:
     """Return in which dtype each component's weights are kept, with ``default`` for the others."""
     found = {"default": torch.float32}
     for part in sorted(each for each in folder.iterdir() if each.is_dir()):
-        dtypes = [dtype for file in _files(part, variant) if (dtype := _dtype(file)) is not None]
+        dtypes = [dtype for file in weight_files(part, variant) if (dtype := _dtype(file)) is not None]
         if dtypes:
             found[part.name] = dtypes[0]
     return found
@@ -128,7 +128,7 @@ def loading_info(
     """Return by component which weights the files lack and which they have too many."""
     info: dict[str, dict[str, list[str]]] = {}
     for name, part in components.items():
-        files = _files(folder / name, variant)
+        files = weight_files(folder / name, variant)
         if not isinstance(part, nn.Module) or not files:
             continue
         kept = {key for file in files for key in _keys(file)}
@@ -140,7 +140,8 @@ def loading_info(
     return info
 
 
-def _index(folder: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def index_of(folder: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a pipeline's index; empty where it cannot be fetched, which loading will say."""
     path = Path(folder) / _INDEX
     if not Path(folder).is_dir():
         try:
@@ -171,7 +172,7 @@ def _parts_of(kind: Any, named: str) -> tuple[str, ...]:
     return tuple(name for each in classes for name in inspect.signature(each).parameters)
 
 
-def _files(part: Path, variant: str | None) -> list[Path]:
+def weight_files(part: Path, variant: str | None = None) -> list[Path]:
     """Return a component's files of weights: the variant's where there are some, else the plain ones."""
     files = sorted(part.glob("*.safetensors"))
     plain = [file for file in files if file.name.count(".") == 1]

@@ -10,6 +10,7 @@ from typing import Any
 
 import diffusers
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 
 from workbench.errors import LoadError, WorkbenchError
@@ -38,7 +39,7 @@ class Skeleton:
     """
 
     def __init__(self, reference: str, *, automodel: Any = None, **options: Any) -> None:
-        folder = _texts(locate(reference), options)
+        folder = texts(locate(reference), options)
         check(pipeline_class(automodel), str(folder), options)
         index = json.loads((folder / "model_index.json").read_text())
         try:
@@ -47,7 +48,7 @@ class Skeleton:
             raise type(error)(f"{folder}: {error}") from None
         taken = inspect.signature(self.automodel).parameters
         parts = {
-            name: options[name] if name in options else _part(folder / name, entry)
+            name: options[name] if name in options else make_part(folder / name, entry)
             for name, entry in index.items()
             if name in taken
         }
@@ -59,7 +60,7 @@ class Skeleton:
             ) from error
 
 
-def _texts(found: str, options: dict[str, Any]) -> Path:
+def texts(found: str, options: dict[str, Any]) -> Path:
     """Return the folder of a pipeline's configurations."""
     if Path(found).is_dir():
         return Path(found)
@@ -71,12 +72,13 @@ def _texts(found: str, options: dict[str, Any]) -> Path:
         raise LoadError(f"{found} could not be looked up: {error}") from error
 
 
-def _part(folder: Path, entry: Any) -> Any:
+def make_part(folder: Path, entry: Any, *, buffers: bool = False) -> Any:
     """Make one part: a module on ``meta`` from its configuration, anything else as it is kept.
 
     Args:
         folder: where the part is kept.
         entry: what the index says of it: ``[library, class]``; nulls where there is none; or a plain setting.
+        buffers: give the module real buffers, those that it computes for itself and keeps in no file.
     """
     if not isinstance(entry, list):
         return entry
@@ -92,7 +94,7 @@ def _part(folder: Path, entry: Any) -> Any:
     try:
         if not issubclass(cls, nn.Module):
             return cls.from_pretrained(folder)
-        with torch.device("meta"):
+        with init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
             if hasattr(cls, "load_config"):
                 module = cls.from_config(cls.load_config(folder))
             else:

@@ -44,7 +44,9 @@ class ReadTuple(tuple[Any, ...]):
 def read(value: Any) -> Any:
     """Return ``value`` as handed to the user's block."""
     if isinstance(value, torch.Tensor):
-        seen = value.as_subclass(ReadTensor)
+        # Of layers split over ranks, what comes back may still be under way.
+        arrived = value.trigger_wait() if hasattr(value, "trigger_wait") else value
+        seen = arrived.as_subclass(ReadTensor)
         seen.source = value
         return seen
     if type(value) is tuple:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from workbench.errors import TraceError
 
@@ -78,8 +79,9 @@ def is_denoiser(part: Any) -> bool:
 
 
 def _kind(part: Any) -> Any:
-    """Return a component's class; ``torch.compile(module)`` wraps it in one of its own."""
-    return type(getattr(part, "_orig_mod", part))
+    """Return a component's class; ``torch.compile(module)`` and DDP wrap it in one of their own."""
+    inner = part.module if isinstance(part, DistributedDataParallel) else part
+    return type(getattr(inner, "_orig_mod", inner))
 
 
 def told_time(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:

@@ -1,0 +1,238 @@
+"""Components spread over ranks: what they compute, what they hold, and how they end."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+from tests import ranks, tiny
+from workbench.errors import InputError, LoadError, UnknownNameError
+from workbench.models.model import DiffusionModel
+from workbench.models.parallel import schemes
+from workbench.models.parallel.managers import blocks, make_trainable
+from workbench.models.parallel.nemo import NeMoAutoDiffusionPipeline
+
+CPU = torch.device("cpu")
+REPOSITORY = Path(__file__).parents[2]
+
+
+def together(function, folder, *, count=2, patience=300):
+    """Run a function of `tests.ranks` on every rank; returns how it ended and when."""
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(count),
+        "-m",
+        "tests.ranks",
+    ]
+    done = subprocess.run(
+        [sys.executable, *command, function, str(folder)],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=patience,
+        check=False,
+    )
+    return done, time.time()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("parallel")
+    for name in ranks.FAMILIES:
+        tiny.CASES[name].build().save_pretrained(path / name)
+    return path
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def sharded(folder, one_thread):
+    done, _ = together("families", folder)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.mark.parametrize("name", ranks.FAMILIES)
+def test_shards_compute_what_one_process_does(sharded, name):
+    alone = ranks.traced(name, ranks.laid_out(DiffusionModel(sharded / name, dispatch=True)))
+    for rank in (0, 1):
+        found = torch.load(sharded / f"{name}-{rank}.pt", weights_only=True)
+        for what, value in alone.items():
+            mine, theirs = (each if isinstance(each, tuple) else (each,) for each in (value, found[what]))
+            for one, other in zip(mine, theirs, strict=True):
+                assert torch.equal(one, other), (rank, what)
+    assert not torch.equal(alone["patched"], alone["latents"])
+
+
+def test_copies_and_split_layers_compute_the_same(folder, one_thread):
+    done, _ = together("copies", folder)
+    assert done.returncode == 0, done.stderr[-4000:]
+    alone = ranks.traced("flux", ranks.laid_out(DiffusionModel(folder / "flux", dispatch=True)))["patched"]
+    for rank in (0, 1):
+        found = torch.load(folder / f"copies-{rank}.pt", weights_only=True)
+        assert torch.equal(found["ddp"], alone)
+        torch.testing.assert_close(found["tp"], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_a_rank_holds_its_share_and_a_block_more(tmp_path):
+    torch.manual_seed(0)
+    size = {"num_attention_heads": 8, "attention_head_dim": 48, "num_layers": 12}
+    transformer = DiTTransformer2DModel.from_config({**tiny.dit().transformer.config, **size})
+    vae = tiny.dit().vae
+    DiTPipeline(transformer, vae, DDIMScheduler()).save_pretrained(tmp_path / "dit")
+    done, _ = together("memory", tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"memory-{rank}.pt", weights_only=True)
+        shares = {what: f"{size / found['whole']:.2f}" for what, size in found.items()}
+        print(f"rank {rank}: {shares} of {found['whole']:,} bytes")
+        assert len(blocks(transformer)) == 12
+        assert found["running"] <= 0.6 * found["whole"]
+        assert found["loading"] <= 0.6 * found["whole"]
+
+
+@pytest.mark.parametrize("function", ["failing", "killed"])
+def test_a_rank_that_ends_ends_them_all(folder, function):
+    (folder / "failed").unlink(missing_ok=True)
+    done, ended = together(function, folder)
+    assert done.returncode != 0
+    assert ended - float((folder / "failed").read_text()) < 30
+    assert ("this rank fails" in done.stderr) == (function == "failing")
+
+
+# What is refused, before anything is loaded
+
+
+@pytest.mark.parametrize(
+    ("entry", "error", "says"),
+    [
+        ({"tp_sise": 2}, UnknownNameError, "no key 'tp_sise'.*tp_size"),
+        ({"_manager_type": "fsdp"}, UnknownNameError, "no _manager_type 'fsdp'.*fsdp2"),
+        ({"_manager_type": "ddp", "tp_size": 2}, UnknownNameError, "ddp scheme has no key 'tp_size'"),
+        ({"tp_size": "two"}, InputError, "tp_size='two'"),
+        (3, InputError, "is a dict"),
+    ],
+)
+def test_an_entry_that_says_nothing_known_is_refused(entry, error, says):
+    with pytest.raises(error, match=says):
+        schemes.read({"transformer": entry}, ["transformer", "vae"])
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ({"cp_size": 2}, "cp_size=2 cannot be done"),
+        ({"pp_size": 2}, "pp_size=2 cannot be done"),
+        ({"ep_size": 2}, "ep_size=2 cannot be done"),
+        ({"tp_size": 2}, "needs a tp_plan"),
+        ({"tp_plan": {"a": "colwise"}}, "splits nothing"),
+        ({"tp_size": 2, "tp_plan": {"a": "sequence"}}, "sequence_parallel=True"),
+        ({"tp_size": 2, "tp_plan": {"a": "colwize"}}, "no style 'colwize'"),
+        ({"backend": "nccl"}, "on a CPU it is 'gloo'"),
+        ({"world_size": 3}, "there are 4 ranks"),
+        ({"dp_size": 3}, "does not fit 4 ranks"),
+        ({"dp_replicate_size": 3}, "does not fit 4 ranks"),
+        ({"dp_replicate_size": 4}, "leaves nothing to shard"),
+    ],
+)
+def test_a_scheme_that_cannot_be_done_is_refused(entry, says):
+    scheme = schemes.read({"transformer": entry}, ["transformer"])["transformer"]
+    with pytest.raises((InputError, UnknownNameError), match=says):
+        scheme.check("transformer", 4, CPU)
+
+
+@pytest.mark.parametrize(
+    ("entry", "sizes"),
+    [
+        ({}, (1, 4, 1)),
+        ({"dp_replicate_size": 2}, (2, 2, 1)),
+        ({"tp_size": 2, "tp_plan": {"a": "rowwise"}}, (1, 2, 2)),
+        ({"tp_size": None, "dp_size": 4, "world_size": 4}, (1, 4, 1)),
+    ],
+)
+def test_sizes_that_are_not_said_are_what_is_left(entry, sizes):
+    scheme = schemes.read({"transformer": entry}, ["transformer"])["transformer"]
+    scheme.check("transformer", 4, CPU)
+    assert tuple(scheme.sizes("transformer", 4).values()) == sizes
+
+
+def test_one_process_alone_is_told_how_to_be_many(folder):
+    with pytest.raises(InputError, match="torchrun --nproc-per-node"):
+        DiffusionModel.from_pretrained(folder / "flux", parallel_scheme={"transformer": {}})
+
+
+def test_a_component_that_is_not_there_is_refused(folder):
+    with pytest.raises(UnknownNameError, match=r"'transfomer'.*transformer"):
+        DiffusionModel.from_pretrained(folder / "flux", parallel_scheme={"transfomer": {}})
+    with pytest.raises(UnknownNameError, match="'unet'"):
+        NeMoAutoDiffusionPipeline.from_pretrained(str(folder / "flux"), components_to_load=["unet"])
+    with pytest.raises(LoadError):
+        NeMoAutoDiffusionPipeline.from_pretrained(str(folder))
+
+
+# The signatures of NeMo AutoModel, in one process
+
+
+def test_a_pipeline_comes_with_its_managers_in_bfloat16(folder):
+    pipe, managers = NeMoAutoDiffusionPipeline.from_pretrained(str(folder / "flux"), load_for_training=True)
+    assert managers == {}
+    assert type(pipe).__name__ == "FluxPipeline"
+    assert pipe.transformer.dtype == torch.bfloat16
+    assert all(each.requires_grad for each in pipe.transformer.parameters())
+
+
+def test_only_the_chosen_components_are_made_trainable(folder):
+    frozen = tiny.CASES["flux"].build().transformer.requires_grad_(False)
+    pipe, _ = NeMoAutoDiffusionPipeline.from_pretrained(
+        str(folder / "flux"),
+        transformer=frozen,
+        torch_dtype=torch.float32,
+        load_for_training=True,
+        components_to_load=["vae"],
+    )
+    assert not any(each.requires_grad for each in pipe.transformer.parameters())
+    assert all(each.requires_grad for each in pipe.vae.parameters())
+    assert make_trainable(frozen) == sum(each.numel() for each in frozen.parameters())
+
+
+def test_a_denoiser_alone_is_wrapped(folder):
+    spec = {"transformer_cls": "FluxTransformer2DModel"}
+    pipe, managers = NeMoAutoDiffusionPipeline.from_config(str(folder / "flux"), spec)
+    assert isinstance(pipe, NeMoAutoDiffusionPipeline)
+    assert list(pipe.components) == ["transformer"]
+    assert pipe.transformer.dtype == torch.bfloat16
+    assert managers == {}
+    with pytest.raises(ValueError, match="transformer_cls"):
+        NeMoAutoDiffusionPipeline.from_config(str(folder / "flux"), {})
+    assert DiffusionModel(pipe).components.keys() == {"transformer"}
+    assert NeMoAutoDiffusionPipeline(transformer=None, vae=1).components == {"vae": 1}
+
+
+def test_the_whole_pipeline_is_built_around_random_weights(folder):
+    spec = {"transformer_cls": "FluxTransformer2DModel", "load_full_pipeline": True}
+    pipe, _ = NeMoAutoDiffusionPipeline.from_config(str(folder / "flux"), spec, torch_dtype=torch.float32)
+    assert type(pipe).__name__ == "FluxPipeline"
+    case = tiny.CASES["flux"]
+    assert DiffusionModel(pipe).record(seed=0, **case.arguments).images
+
+
+def test_models_without_a_scheme_have_no_managers(folder):
+    model = DiffusionModel.from_pretrained(folder / "flux", device="cpu", load_for_training=True)
+    assert model.managers == {}
+    assert model.reference == str(folder / "flux")
+    assert DiffusionModel(folder / "flux").managers == {}

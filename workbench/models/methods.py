@@ -1,0 +1,138 @@
+"""What a pipeline can do besides running, on the model that holds it."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from workbench.errors import UnknownNameError, nearest
+
+_ANOTHER_PIPELINE = ("from_", "load_config", "download", "get_config_dict", "extract_init_dict")
+"""How the names begin of what makes or looks up another pipeline, and is no business of this one."""
+
+_OF_PART = {
+    f"{verb}_vae_{what}": ("vae", f"{verb}_{what}")
+    for verb in ("enable", "disable")
+    for what in ("slicing", "tiling")
+}
+"""Methods that pipelines once had and their parts have now."""
+
+_MEMORY_EFFICIENT = "XFormers"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+
+
+class PipelineMethods(ABC):
+    """The public methods and properties of the pipeline, as the model's own.
+
+    ``save_pretrained``, ``numpy_to_pil``, ``to``, ``device``, ``dtype``, ``set_progress_bar_config``,
+    ``enable_attention_slicing``, ``enable_vae_tiling``, ``enable_model_cpu_offload``, ``load_lora_weights``
+    and whatever else the pipeline's class has. A method that returns the pipeline returns the model. Asking
+    for one loads the weights, if they are not loaded.
+    """
+
+    @property
+    @abstractmethod
+    def pipeline(self) -> Any:
+        """The pipeline itself; its weights are loaded if they are not yet."""
+
+    @property
+    @abstractmethod
+    def automodel(self) -> type:
+        """The class of the pipeline."""
+
+    @property
+    @abstractmethod
+    def dispatched(self) -> bool:
+        """Whether the weights are loaded."""
+
+    @property
+    @abstractmethod
+    def components(self) -> dict[str, Any]:
+        """The pipeline's parts by name, those that are there."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are; ``meta`` as long as they are not loaded."""
+        device: torch.device = self.pipeline.device if self.dispatched else torch.device("meta")
+        return device
+
+    def memory(self) -> dict[str, dict[str, int]]:
+        """Return what each component's weights take up, in bytes by dtype, loaded or not.
+
+        Returns:
+            By component, ``float32``, ``bfloat16``, ``float16`` and ``int8``: what all its weights would take
+            in each; values that are no floating-point numbers count as they are.
+        """
+        modules = {name: part for name, part in self.components.items() if isinstance(part, nn.Module)}
+        return {name: memory_of(module) for name, module in modules.items()}
+
+    def enable_attention_slicing(self, slice_size: str | int | None = "auto") -> None:
+        """Compute attention a slice at a time, for less memory.
+
+        Where memory-efficient attention is on, it wins: slices would take its place and cost both.
+
+        Args:
+            slice_size: ``"auto"`` is two slices, ``"max"`` a head at a time, a number the heads of a slice;
+                None is off.
+        """
+        efficient = [name for name, part in self.components.items() if _memory_efficient(part)]
+        if efficient and slice_size is not None:
+            warnings.warn(
+                f"{', '.join(efficient)}: memory-efficient attention is on and does without slices. To have "
+                "slices, switch it off first: model.disable_xformers_memory_efficient_attention().",
+                UserWarning,
+                stacklevel=2,
+            )
+            return
+        self.pipeline.enable_attention_slicing(slice_size)
+
+    def _of_pipeline(self, name: str) -> Any:
+        """Return what the pipeline has under a name.
+
+        Raises:
+            UnknownNameError: neither a component nor anything of the pipeline's class.
+        """
+        if hasattr(self.automodel, name) and not name.startswith(_ANOTHER_PIPELINE):
+            value = getattr(self.pipeline, name)
+            return self._answering(value) if callable(value) else value
+        part, method = _OF_PART.get(name, ("", ""))
+        if hasattr(self.components.get(part), method):
+            return getattr(getattr(self.pipeline, part), method)
+        raise UnknownNameError(
+            f"{self.automodel.__name__} has no component or method {name!r}."
+            f"{nearest(name, [*self.components, *public(self.automodel)])}"
+        )
+
+    def _answering(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the method, with the model for an answer where the pipeline would be."""
+
+        @functools.wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            answer = method(*args, **kwargs)
+            return self if answer is self.pipeline else answer
+
+        return call
+
+
+def memory_of(module: nn.Module) -> dict[str, int]:
+    """Return what a module's weights would take up, in bytes by dtype."""
+    weights = [*module.parameters(), *module.buffers()]
+    numbers = sum(each.numel() for each in weights if each.is_floating_point())
+    fixed = sum(each.nbytes for each in weights if not each.is_floating_point())
+    return {str(dtype).removeprefix("torch."): numbers * dtype.itemsize + fixed for dtype in _DTYPES}
+
+
+def public(kind: type) -> list[str]:
+    """Return the names of a pipeline's class that are for its users."""
+    return [name for name in {*dir(kind), *_OF_PART} if not name.startswith(("_", *_ANOTHER_PIPELINE))]
+
+
+def _memory_efficient(part: Any) -> bool:
+    modules = part.modules() if isinstance(part, nn.Module) else ()
+    return any(_MEMORY_EFFICIENT in type(getattr(each, "processor", None)).__name__ for each in modules)

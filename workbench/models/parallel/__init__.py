@@ -1,0 +1,1 @@
+"""Models whose components are spread over the ranks of a process group."""
