@@ -20,9 +20,13 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from tests import tiny
+from workbench.attention.capture import Attention
 from workbench.interventions.patch import Patch
 from workbench.models.model import DiffusionModel
+from workbench.models.outline import patch_sites
+from workbench.models.parallel import opening  # noqa: F401  what it imports is no part of the model
 from workbench.models.parallel.managers import blocks, register_strategy
+from workbench.models.shapes import Shapes
 
 FAMILIES = ("flux", "wan", "sd1")
 STEPS = 3
@@ -69,10 +73,12 @@ def families(folder: Path) -> None:
 
 
 def copies(folder: Path) -> None:
-    """Trace under ddp, and under tensor parallelism; train a step of each."""
+    """Trace under ddp, under tensor parallelism, and sharded in a way of one's own."""
     scheme = {"transformer": {"_manager_type": "ddp"}}
     model = DiffusionModel.from_pretrained(folder / "flux", parallel_scheme=scheme, load_for_training=True)
     found = traced("flux", laid_out(model))
+    maps = model.record(seed=0, capture=[Attention()], **tiny.CASES["flux"].arguments).attention
+    model.save_pretrained(folder / "trained")
     plan = {
         "transformer_blocks.*.ff.net.0.proj": "colwise",
         "transformer_blocks.*.ff.net.2": "rowwise",
@@ -92,7 +98,67 @@ def copies(folder: Path) -> None:
     whole = DiffusionModel.from_pretrained(folder / "flux", parallel_scheme={"transformer": {}})
     assert own == ["FluxTransformer2DModel"]
     assert not any(isinstance(each, FSDPModule) for each in blocks(whole.components["transformer"]))
-    _keep(folder, "copies", {"ddp": found["patched"], "tp": traced("flux", split)["patched"]})
+    _keep(
+        folder,
+        "copies",
+        {
+            "ddp": found["patched"],
+            "tp": traced("flux", split)["patched"],
+            "layers": list(maps.layers),
+            "sites": [str(site) for site in patch_sites(model.denoisers, _shapes(model))],
+        },
+    )
+
+
+def _shapes(model: DiffusionModel) -> Shapes:
+    shapes = Shapes()
+    model.record(seed=0, capture=[shapes], **tiny.CASES["flux"].arguments)
+    return shapes
+
+
+def training(folder: Path) -> None:
+    """Make two backward passes of each kind, and gather the gradients."""
+    found = {}
+    for kind in ("fsdp2", "ddp"):
+        scheme = {"unet": {"_manager_type": kind, "activation_checkpointing": kind == "fsdp2"}}
+        model = DiffusionModel.from_pretrained(folder / "sd1", parallel_scheme=scheme, load_for_training=True)
+        unet, manager = model.components["unet"].train(), model.managers["unet"]
+        for step in (0, 1):
+            if kind == "fsdp2":
+                manager.before_backward(unet, last=step == 1)
+            backward(unet, step, dist.get_rank())
+        found[kind] = {
+            path.removeprefix("module."): (each.grad.full_tensor() if kind == "fsdp2" else each.grad).clone()
+            for path, each in unet.named_parameters()
+            if each.grad is not None
+        }
+    _keep(folder, "training", found)
+
+
+def backward(unet: nn.Module, step: int, rank: int) -> None:
+    """Take the derivative of a loss on inputs of a step's and a rank's own."""
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    sample = torch.randn((1, 4, 8, 8), generator=generator)
+    words = torch.randn((1, 5, unet.config.cross_attention_dim), generator=generator)
+    unet(sample, torch.tensor([500]), encoder_hidden_states=words).sample.square().mean().backward()
+
+
+def bfloat(folder: Path) -> None:
+    """Say in which dtypes a sharded model has its parameters and buffers, and what it computes."""
+    model = DiffusionModel.from_pretrained(
+        folder / "wan", parallel_scheme={"transformer": {}, "text_encoder": {}, "vae": {}}, dtype="bfloat16"
+    )
+    part = model.components["transformer"]
+    case = tiny.CASES["wan"]
+    run = model.record(seed=0, **{**case.arguments, "num_inference_steps": STEPS, "output_type": "latent"})
+    film = model.record(seed=0, **{**case.arguments, "num_inference_steps": 1})
+    assert film.frames is not None
+    _keep(folder, "bfloat", {"dtypes": dtypes(part), "latents": run.latents})
+
+
+def dtypes(part: nn.Module) -> dict[str, str]:
+    """Return the dtype of each parameter and buffer."""
+    return {path: str(each.dtype) for path, each in (*part.named_parameters(), *part.named_buffers())}
 
 
 def memory(folder: Path) -> None:

@@ -72,6 +72,7 @@ def tour(open_notebook: OpenNotebook) -> Tour:
 
 def test_the_tour_in_a_browser(tour: Tour) -> None:
     tour.lanes.nth(2).wait_for(timeout=60_000)
+    assert tour.page.locator("[data-mime-type='application/vnd.jupyter.stderr']").count() == 0
     scrubbing_needs_no_kernel(tour)
     a_word_lays_its_attention_over_the_image(tour)
     a_cell_patches(tour)

@@ -154,6 +154,19 @@ def test_a_patch_acts_from_where_the_source_leaves(steps, acting):
     assert patched.model_copy(update={"source_from": 0}).acting(4) == list(patched.patches)
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"patches": (PatchSpec(site=SITE, steps=(5, 2)),)}, "5 is none of them"),
+        ({"num_inference_steps": None, "source_from": 50}, "50 steps, counted from 0"),
+    ],
+)
+def test_steps_that_the_runs_do_not_have_are_refused_also_where_the_source_leaves(change, says):
+    model = DiffusionModel(tiny.sd1())
+    with pytest.raises(InputError, match=says):
+        LEAVING.model_copy(update=change).run(model)
+
+
 def test_step_the_run_does_not_have_is_refused():
     model = DiffusionModel(tiny.sd1())
     patches = (PatchSpec(site="unet.mid_block", steps=(5,)),)

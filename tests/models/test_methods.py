@@ -114,6 +114,8 @@ def test_memory_efficient_attention_wins_over_slices(model):
     with pytest.warns(UserWarning, match="unet: memory-efficient attention is on"):
         model.enable_attention_slicing()
     assert isinstance(attention.processor, XFormersAttnProcessor)
+    model.disable_attention_slicing()
+    assert isinstance(attention.processor, XFormersAttnProcessor)
     others = [each for each in model.unet.module.attn_processors.values() if each is not attention.processor]
     assert not any("Sliced" in type(each).__name__ for each in others)
 
@@ -161,6 +163,14 @@ def test_memory_is_told_by_dtype_with_and_without_weights(model, folder):
 def test_what_makes_another_pipeline_and_what_is_not_there_are_refused(model, name):
     with pytest.raises(UnknownNameError, match=f"no component or method '{name}'"):
         getattr(model, name)
+
+
+def test_what_is_no_pipeline_has_a_device_and_no_slices(folder):
+    spec = {"transformer_cls": "UNet2DConditionModel", "subfolder": "unet"}
+    alone = DiffusionModel.from_config(folder, spec)
+    assert alone.device == torch.device("cpu")
+    with pytest.raises(UnknownNameError, match="it is no pipeline"):
+        alone.enable_attention_slicing()
 
 
 def test_names_are_offered(model):

@@ -86,7 +86,45 @@ def test_copies_and_split_layers_compute_the_same(folder, one_thread):
     for rank in (0, 1):
         found = torch.load(folder / f"copies-{rank}.pt", weights_only=True)
         assert torch.equal(found["ddp"], alone)
+        assert found["layers"]
+        assert not [path for path in (*found["layers"], *found["sites"]) if ".module" in path]
+        assert "transformer.transformer_blocks.0:output[1]" in found["sites"]
         torch.testing.assert_close(found["tp"], alone, rtol=1e-4, atol=1e-4)
+
+    # What ddp trained is saved as the component itself, and opens again.
+    again = ranks.traced("flux", ranks.laid_out(DiffusionModel(folder / "trained", dispatch=True)))["patched"]
+    assert torch.equal(again, alone)
+
+
+def test_gradients_are_the_mean_over_the_ranks(folder, one_thread):
+    done, _ = together("training", folder)
+    assert done.returncode == 0, done.stderr[-4000:]
+    means = []
+    for rank in (0, 1):
+        unet = DiffusionModel(folder / "sd1", dispatch=True).components["unet"].train()
+        for step in (0, 1):
+            ranks.backward(unet, step, rank)
+        means.append({path: each.grad for path, each in unet.named_parameters() if each.grad is not None})
+    for rank in (0, 1):
+        found = torch.load(folder / f"training-{rank}.pt", weights_only=True)
+        for kind in ("fsdp2", "ddp"):
+            assert found[kind].keys() == means[0].keys()
+            for path, grad in found[kind].items():
+                mean = (means[0][path] + means[1][path]) / 2
+                torch.testing.assert_close(grad, mean, rtol=1e-3, atol=1e-6)
+
+
+def test_what_a_class_keeps_in_float32_is_kept_so_in_shards(folder, one_thread):
+    done, _ = together("bfloat", folder)
+    assert done.returncode == 0, done.stderr[-4000:]
+    model = DiffusionModel(folder / "wan", dispatch=True, dtype="bfloat16")
+    settings = {**tiny.CASES["wan"].arguments, "num_inference_steps": ranks.STEPS, "output_type": "latent"}
+    alone = model.record(seed=0, **settings)
+    for rank in (0, 1):
+        found = torch.load(folder / f"bfloat-{rank}.pt", weights_only=True)
+        assert found["dtypes"] == ranks.dtypes(model.components["transformer"])
+        assert {"torch.float32", "torch.bfloat16"} <= set(found["dtypes"].values())
+        torch.testing.assert_close(found["latents"], alone.latents, rtol=0.05, atol=0.05)
 
 
 def test_a_rank_holds_its_share_and_a_block_more(tmp_path):
@@ -103,7 +141,8 @@ def test_a_rank_holds_its_share_and_a_block_more(tmp_path):
         print(f"rank {rank}: {shares} of {found['whole']:,} bytes")
         assert len(blocks(transformer)) == 12
         assert found["running"] <= 0.6 * found["whole"]
-        assert found["loading"] <= 0.6 * found["whole"]
+        # All of the process's memory, with what is read and let go of again between the shards.
+        assert found["loading"] <= 0.85 * found["whole"]
 
 
 @pytest.mark.parametrize("function", ["failing", "killed"])
@@ -144,6 +183,7 @@ def test_an_entry_that_says_nothing_known_is_refused(entry, error, says):
         ({"tp_size": 2, "tp_plan": {"a": "sequence"}}, "sequence_parallel=True"),
         ({"tp_size": 2, "tp_plan": {"a": "colwize"}}, "no style 'colwize'"),
         ({"backend": "nccl"}, "on a CPU it is 'gloo'"),
+        ({"tp_size": 4, "tp_plan": {"a": "rowwise"}, "offload_policy": True}, "leaves none"),
         ({"world_size": 3}, "there are 4 ranks"),
         ({"dp_size": 3}, "does not fit 4 ranks"),
         ({"dp_replicate_size": 3}, "does not fit 4 ranks"),
@@ -181,6 +221,10 @@ def test_a_component_that_is_not_there_is_refused(folder):
         DiffusionModel.from_pretrained(folder / "flux", parallel_scheme={"transfomer": {}})
     with pytest.raises(UnknownNameError, match="'unet'"):
         NeMoAutoDiffusionPipeline.from_pretrained(str(folder / "flux"), components_to_load=["unet"])
+    with pytest.raises(UnknownNameError, match="'scheduler'"):
+        DiffusionModel.from_pretrained(folder / "flux", parallel_scheme={"scheduler": {}})
+    with pytest.raises(UnknownNameError, match="'unet'"):
+        DiffusionModel.from_pretrained(folder / "flux", components_to_load=["unet"])
     with pytest.raises(LoadError):
         NeMoAutoDiffusionPipeline.from_pretrained(str(folder))
 
@@ -229,6 +273,11 @@ def test_the_whole_pipeline_is_built_around_random_weights(folder):
     assert type(pipe).__name__ == "FluxPipeline"
     case = tiny.CASES["flux"]
     assert DiffusionModel(pipe).record(seed=0, **case.arguments).images
+
+
+def test_the_dtype_may_be_called_as_diffusers_does(folder):
+    pipe, _ = NeMoAutoDiffusionPipeline.from_pretrained(str(folder / "flux"), dtype=torch.float32)
+    assert pipe.transformer.dtype == torch.float32
 
 
 def test_models_without_a_scheme_have_no_managers(folder):

@@ -1,9 +1,11 @@
 """The block behaves wherever Python runs it: in a notebook's magics, at a breakpoint, after an interrupt."""
 
+import gc
 import io
 import pdb
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import tiny
 from tests.watching import as_bytes, footprint
+from workbench.attention.capture import Attention
 from workbench.errors import BusyError, InputError
 from workbench.models.model import DiffusionModel
 
@@ -177,3 +180,34 @@ def test_ones_own_sigmas_are_the_runs_steps():
 def test_steps_in_reverse_are_refused_clearly(model):
     with model.generate(**RUN) as run, pytest.raises(InputError, match="does not go forward"):
         list(run.steps[::-1])
+
+
+def recorded(model):
+    sites = ["unet.mid_block", "vae.decode", "scheduler.step", Attention()]
+    return model.record("a red circle", num_inference_steps=2, seed=0, capture=sites)
+
+
+def blocked(model):
+    with model.generate("a red circle", num_inference_steps=2, seed=0) as run:
+        for _ in run.steps:
+            _ = model.unet.mid_block.output
+    return run.record
+
+
+def forked(model):
+    return recorded(model).fork(1)
+
+
+@pytest.mark.parametrize("made", [recorded, forked, blocked])
+def test_what_a_run_kept_is_gone_with_its_record_and_waits_for_no_collector(made):
+    model = DiffusionModel(tiny.sd1())
+    made(model)
+    gc.collect()
+    gc.disable()
+    try:
+        record = made(model)
+        alive = weakref.ref(record)
+        del record
+        assert alive() is None
+    finally:
+        gc.enable()

@@ -148,3 +148,13 @@ def test_a_colour_outside_the_world_is_refused():
         Thing("yelow", "circle", "small", (32.0, 32.0), 8.0, "middle")
     with pytest.raises(InputError, match="1 or 2"):
         shapes.sample(np.random.default_rng(0), objects=3)
+
+
+def test_twins_are_two_of_one_kind_and_nothing_else():
+    rng = np.random.default_rng(0)
+    scenes = [shapes.sample(rng, twins=True) for _ in range(40)]
+    assert all(scene.twins and not scene.held_out for scene in scenes)
+    assert not any(shapes.sample(rng).twins for _ in range(200))
+    for asked in ({"held_out": True}, {"objects": 1}):
+        with pytest.raises(InputError, match="Twins"):
+            shapes.sample(rng, twins=True, **asked)

@@ -1,15 +1,16 @@
 import hashlib
 import shutil
 
+import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDPMPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from workbench.errors import InputError
 from workbench.zoo import train
 from workbench.zoo.autoencoder import to_tensor
-from workbench.zoo.denoiser import encode_pool
+from workbench.zoo.denoiser import draw_batch, encode_pool
 from workbench.zoo.shapes import render
 from workbench.zoo.training import Average, Recipe
 
@@ -78,6 +79,34 @@ def test_pairs_can_be_drawn_oftener(whole):
     drawn = [encode_pool(pipeline.vae, 12, 0, pairs=pairs).scenes for pairs in (0.0, 1.0)]
     assert {len(scene.things) for scene in drawn[0]} == {1, 2}
     assert {len(scene.things) for scene in drawn[1]} == {2}
+
+
+def test_twins_are_seen_with_the_empty_prompt_alone(whole):
+    pipeline = StableDiffusionPipeline.from_pretrained(whole[1])
+    pool = encode_pool(pipeline.vae, 24, 0, twins=0.5)
+    twins = [scene.twins for scene in pool.scenes]
+    assert 4 < sum(twins) < 20
+    batch = draw_batch(pool, pipeline.tokenizer, 64, 0, 0, empty=0.0)
+    empty = pipeline.tokenizer("", padding="max_length", max_length=24, return_tensors="pt").input_ids
+    chosen = np.random.default_rng([0, 0]).integers(len(pool.scenes), size=64)
+    assert [bool((row == empty[0]).all()) for row in batch.ids] == [twins[index] for index in chosen]
+
+
+def test_the_world_without_words_is_trained_and_goes_on(tmp_path):
+    tiny = Recipe(steps=2, batch=2, scenes=4, keep_every=1)
+    first = train.train_shapes_ddpm(tmp_path / "a", tiny)
+    pipeline = DDPMPipeline.from_pretrained(first)
+    assert pipeline.unet.config.sample_size == 64
+    assert sum(file.stat().st_size for file in first.rglob("*.safetensors")) < 4e6
+    still = Recipe(steps=1, batch=2, scenes=4, rate=0.0)
+    again = DDPMPipeline.from_pretrained(train.train_shapes_ddpm(tmp_path / "b", still, first))
+    pairs = zip(pipeline.unet.parameters(), again.unet.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_numbers_that_a_recipe_does_not_take_are_refused():
+    with pytest.raises(InputError, match="nothing takes twins"):
+        train.main(["shapes-ddpm", "--twins", "0.5"])
 
 
 def test_the_average_follows_the_weights_faster_at_first():

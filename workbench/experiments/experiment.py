@@ -145,6 +145,9 @@ class Experiment(BaseModel):
         late = range(self.source_from, steps)
         found = []
         for patch in self.patches:
+            for step in patch.steps or ():
+                if not -steps <= step < steps:
+                    raise InputError(f"The runs have {steps} steps, counted from 0; {step} is none of them.")
             chosen = late if patch.steps is None else [s for s in patch.steps if s % steps in late]
             if chosen:
                 found.append(patch.model_copy(update={"steps": tuple(chosen)}))
@@ -193,8 +196,17 @@ class Experiment(BaseModel):
         capture: tuple[Captured, ...] = (),
         listener: Listener | None = None,
     ) -> Record:
-        """Run the source: from its noise, or from where it leaves the target's run."""
+        """Run the source: from its noise, or from where it leaves the target's run.
+
+        Raises:
+            InputError: the target's run has no such step to leave it at.
+        """
         if self.source_from:
+            if self.source_from >= target.ledger.steps:
+                raise InputError(
+                    f"source_from={self.source_from}: the runs have {target.ledger.steps} steps, counted "
+                    "from 0, so the source would never leave the target's run."
+                )
             return target.fork(self.source_from, prompt=self.source, capture=capture, listener=listener)
         settings = {**self.settings(), "seed": self.seed, "listener": listener}
         return model.record(self.source, capture=capture, **settings)

@@ -6,12 +6,13 @@ import functools
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from workbench.errors import UnknownNameError, nearest
+from workbench.errors import InputError, UnknownNameError, nearest
 
 _ANOTHER_PIPELINE = ("from_", "load_config", "download", "get_config_dict", "extract_init_dict")
 """How the names begin of what makes or looks up another pipeline, and is no business of this one."""
@@ -51,6 +52,8 @@ class PipelineMethods(ABC):
     def dispatched(self) -> bool:
         """Whether the weights are loaded."""
 
+    managers: dict[str, Any]
+
     @property
     @abstractmethod
     def components(self) -> dict[str, Any]:
@@ -59,8 +62,40 @@ class PipelineMethods(ABC):
     @property
     def device(self) -> torch.device:
         """Where the weights are; ``meta`` as long as they are not loaded."""
-        device: torch.device = self.pipeline.device if self.dispatched else torch.device("meta")
-        return device
+        if self.dispatched and hasattr(self.pipeline, "device"):
+            device: torch.device = self.pipeline.device
+            return device
+        modules = [part for part in self.components.values() if isinstance(part, nn.Module)]
+        devices = [each.device for module in modules for each in module.parameters()]
+        return devices[0] if devices else torch.device("cpu")
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """Save the pipeline as a folder, which opens again.
+
+        Args:
+            save_directory: the folder.
+            **options: of diffusers: ``safe_serialization``, ``variant``, ``max_shard_size``, ….
+
+        Raises:
+            InputError: a component's weights lie in shards.
+        """
+        parts = {name: part for name, part in self.components.items() if name in self.managers}
+        sharded = [name for name, part in parts.items() if hasattr(part, "unshard")]
+        if sharded:
+            raise InputError(
+                f"{', '.join(sharded)}: each rank has a part of the weights only. Gather them: "
+                "torch.distributed.checkpoint.state_dict.get_model_state_dict(part, "
+                "options=StateDictOptions(full_state_dict=True)), and save that."
+            )
+        copies = {name: part for name, part in parts.items() if hasattr(part, "module")}
+        try:
+            for name, part in copies.items():
+                setattr(self.pipeline, name, part.module)
+            if not copies or torch.distributed.get_rank() == 0:
+                self._method("save_pretrained")(save_directory, **options)
+        finally:
+            for name, part in copies.items():
+                setattr(self.pipeline, name, part)
 
     def memory(self) -> dict[str, dict[str, int]]:
         """Return what each component's weights take up, in bytes by dtype, loaded or not.
@@ -90,7 +125,19 @@ class PipelineMethods(ABC):
                 stacklevel=2,
             )
             return
-        self.pipeline.enable_attention_slicing(slice_size)
+        self._method("enable_attention_slicing")(slice_size)
+
+    def disable_attention_slicing(self) -> None:
+        """Compute attention whole again; memory-efficient attention stays on where it is."""
+        if not any(_memory_efficient(part) for part in self.components.values()):
+            self._method("disable_attention_slicing")()
+
+    def _method(self, name: str) -> Any:
+        """Return the pipeline's own method of a name that is ours too."""
+        found = getattr(self.pipeline, name, None)
+        if found is None:
+            raise UnknownNameError(f"{self.automodel.__name__} has no method {name!r}: it is no pipeline.")
+        return found
 
     def _of_pipeline(self, name: str) -> Any:
         """Return what the pipeline has under a name.

@@ -115,7 +115,7 @@ class DiffusionModel(PipelineMethods):
             parallel_scheme: by component, how it is spread over the ranks that ``torchrun`` started; see
                 `workbench.models.parallel.schemes`. The model then has ``managers``.
             device: where to move components; None is this rank's CUDA device, or the CPU.
-            move_to_device: move them there.
+            move_to_device: move them there; so it is with a ``device`` or a ``parallel_scheme``.
             load_for_training: make their parameters trainable.
             components_to_load: which components are moved and made trainable; None is all.
             **options: of ``from_pretrained``, and ``automodel``.
@@ -123,8 +123,8 @@ class DiffusionModel(PipelineMethods):
         Returns:
             The model; with what else was asked for, a tuple of it, the info and the folder, in this order.
         """
-        move_to_device = move_to_device or device is not None
-        if parallel_scheme or move_to_device or load_for_training:
+        move_to_device = move_to_device or device is not None or bool(parallel_scheme)
+        if move_to_device or load_for_training or components_to_load is not None:
             from workbench.models.parallel.opening import open_spread
 
             pipeline, managers = open_spread(
@@ -465,6 +465,7 @@ class DiffusionModel(PipelineMethods):
                 self._end(session)
         finally:
             self._end(session)
+        session.let_go()
         self._finish(record)
         return record
 

@@ -10,6 +10,12 @@ from typing import Any
 
 _MISSING = object()
 
+# Some schedulers of diffusers make numpy arrays of torch's tensors at each run, and a notebook would show
+# this remark on it in red. It is between those libraries; none of their users can mend it.
+warnings.filterwarnings(
+    "ignore", message="__array__ implementation doesn't accept a copy keyword", category=DeprecationWarning
+)
+
 
 @contextmanager
 def quiet_run(pipeline: Any) -> Iterator[None]:

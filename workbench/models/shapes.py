@@ -10,6 +10,7 @@ from torch import nn
 
 from workbench.tracing.guards import hookable
 from workbench.tracing.record import Record
+from workbench.tracing.rig import Owned
 from workbench.tracing.session import Session
 from workbench.tracing.sites import modules
 from workbench.tracing.structure import leaves
@@ -21,6 +22,7 @@ class Shapes:
     def __init__(self) -> None:
         self.shapes: dict[str, dict[tuple[str | int, ...], tuple[int, ...]]] = {}
         self.bytes: dict[str, int] = {}
+        self._hooks: dict[str, Owned] = {}
 
     @contextmanager
     def watching(self, session: Session) -> Iterator[None]:
@@ -29,7 +31,10 @@ class Shapes:
         for path, module in modules(components).items():
             if hookable(components, path):
                 self._watch(session, path, module)
-        yield
+        try:
+            yield
+        finally:
+            self._hooks.clear()
 
     def deliver(self, record: Record) -> None:
         """Nothing goes into the record: the shapes are the model's."""
@@ -44,9 +49,9 @@ class Shapes:
 
     def _watch(self, session: Session, path: str, module: nn.Module) -> None:
         def note(_module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
-            session.rig.drop(hook)
+            session.rig.drop(self._hooks.pop(path))
             found = dict(leaves(output))
             self.shapes[path] = {leaf: tuple(each.shape) for leaf, each in found.items()}
             self.bytes[path] = sum(each.numel() * each.element_size() for each in found.values())
 
-        hook = session.rig.after(module, note)
+        self._hooks[path] = session.rig.after(module, note)

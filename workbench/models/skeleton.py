@@ -10,7 +10,6 @@ from typing import Any
 
 import diffusers
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 
 from workbench.errors import LoadError, WorkbenchError
@@ -48,7 +47,7 @@ class Skeleton:
             raise type(error)(f"{folder}: {error}") from None
         taken = inspect.signature(self.automodel).parameters
         parts = {
-            name: options[name] if name in options else make_part(folder / name, entry)
+            name: options[name] if name in options else _part(folder / name, entry)
             for name, entry in index.items()
             if name in taken
         }
@@ -72,33 +71,43 @@ def texts(found: str, options: dict[str, Any]) -> Path:
         raise LoadError(f"{found} could not be looked up: {error}") from error
 
 
-def make_part(folder: Path, entry: Any, *, buffers: bool = False) -> Any:
-    """Make one part: a module on ``meta`` from its configuration, anything else as it is kept.
+def part_class(name: str, entry: Any) -> Any:
+    """Return a part's class, as ``[library, class]`` of the index says; None for a plain setting or no part.
 
-    Args:
-        folder: where the part is kept.
-        entry: what the index says of it: ``[library, class]``; nulls where there is none; or a plain setting.
-        buffers: give the module real buffers, those that it computes for itself and keeps in no file.
+    Raises:
+        LoadError: it cannot be imported.
     """
-    if not isinstance(entry, list):
-        return entry
-    library, name = entry
-    if name is None:
+    if not isinstance(entry, list) or entry[1] is None:
         return None
+    library, called = entry
     home = getattr(diffusers.pipelines, library, None)
     try:
         # Any other library is code that a folder names and nobody asked to run.
-        cls = getattr(importlib.import_module(library) if library in _LIBRARIES else home, name)
+        return getattr(importlib.import_module(library) if library in _LIBRARIES else home, called)
     except (ImportError, AttributeError) as error:
-        raise LoadError(f"{folder.name} is a {library}.{name}, which cannot be imported: {error}") from error
+        raise LoadError(f"{name} is a {library}.{called}, which cannot be imported: {error}") from error
+
+
+def _part(folder: Path, entry: Any) -> Any:
+    """Make one part: a module on ``meta`` from its configuration, anything else as it is kept."""
+    if not isinstance(entry, list):
+        return entry
+    cls = part_class(folder.name, entry)
+    if cls is None:
+        return None
     try:
         if not issubclass(cls, nn.Module):
             return cls.from_pretrained(folder)
-        with init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
-            if hasattr(cls, "load_config"):
-                module = cls.from_config(cls.load_config(folder))
-            else:
-                module = cls(cls.config_class.from_pretrained(folder))
+        with torch.device("meta"):
+            return from_folder(cls, folder)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise LoadError(f"{folder.name} could not be built from {folder}: {error}") from error
+
+
+def from_folder(cls: Any, folder: Path) -> nn.Module:
+    """Build a module as its configuration in a folder says, without its weights."""
+    if hasattr(cls, "load_config"):
+        module: nn.Module = cls.from_config(cls.load_config(folder))
+    else:
+        module = cls(cls.config_class.from_pretrained(folder))
     return module.eval()

@@ -154,6 +154,18 @@ class Rig:
                 else:
                     target.__dict__[name] = current.before
 
+    def forget(self) -> None:
+        """Hold no hook any more, after the last sweep: hooks hold what their run kept, in a circle."""
+        for calls in self._calls.values():
+            for hook in (*calls.before, *calls.after):
+                hook.table = None
+            calls.before.clear()
+            calls.after.clear()
+        self._modules.clear()
+        self._wrapped.clear()
+        self._calls.clear()
+        self._beside.clear()
+
     def _calls_of(self, method: Method) -> _Calls:
         key = (id(method.owner), method.name)
         if key not in self._calls:

@@ -115,6 +115,12 @@ class Session:
             record.output = self.system.call(**self.arguments)
         return record
 
+    def let_go(self) -> None:
+        """Hold nothing in circles, after the run's end: what it kept then lives as long as its record."""
+        self.rig.forget()
+        for told in (self.clock.started, self.clock.finished, self.clock.ticked):
+            told.clear()
+
     @property
     def own_noise(self) -> bool:
         """Whether the run's seed is torch's own: there is no generator to hand it to."""
@@ -189,7 +195,7 @@ class Session:
         if self.replay is not None:
             self.replay.attach(self.rig, self.clock)
             for site in self.capture:
-                self.record.captured[str(site)] = self.replay.passages(site)
+                self.record.captured[str(site)].extend(self.replay.passages(site))
 
     def _places(self) -> list[Site]:
         """Every module port something is wanted of, once."""
@@ -202,19 +208,23 @@ class Session:
 
     def _hook(self, place: Site, target: Target) -> None:
         edits = [(site, edit) for edit in self.edits for site in edit.sites if _at(site, place)]
-        captures = [site for site in self.capture if _at(site, place)]
+        captures = [(site, self.record.captured[str(site)]) for site in self.capture if _at(site, place)]
         takers = [(site, taker) for taker in self.takers for site in taker.sites if _at(site, place)]
 
         def pass_by(value: Any) -> Any:
-            self._passed.add(place)
-            if self.replaying(self.clock.now):
+            row = self.clock.now
+            if edits:
+                self._passed.add(place)
+            if self.replay is not None and self.replaying(row):
                 return value
             for site, edit in edits:
                 value = self._apply(edit, site, value)
             if self.recomputing:
                 return value
-            for site in captures:
-                self._keep(site, value)
+            for site, kept in captures:
+                part = pick(value, site.leaf, site=str(site)) if site.leaf else value
+                call, branch = (None, None) if row is None else (row.call, row.only)
+                kept.append(Passage(call, keep(part), branch))
             for site, taker in takers:
                 taker.take(self, site, value)
             return value
@@ -249,12 +259,6 @@ class Session:
         old = pick(value, site.leaf, site=str(site))
         new = edit.apply(site, old, self.clock.now, self.clock.total_steps)
         return value if new is old else put(value, site.leaf, new, site=str(site))
-
-    def _keep(self, site: Site, value: Any) -> None:
-        part = pick(value, site.leaf, site=str(site)) if site.leaf else value
-        row = self.clock.now
-        call, branch = (None, None) if row is None else (row.call, row.only)
-        self.record.captured[str(site)].append(Passage(call, keep(part), branch))
 
     def _finish(self, _: Row, output: Any) -> None:
         self.record.calls.append(keep(output))

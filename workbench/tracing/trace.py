@@ -98,6 +98,8 @@ class Trace:
                 self._take_off()
         finally:
             self._take_off()
+        self._session.let_go()
+        self._session.attached.clear()
 
     def _take_off(self) -> None:
         """Leave nothing of this run on the model; called twice, for an interrupt in the first."""

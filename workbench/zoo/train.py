@@ -45,7 +45,10 @@ RECIPES = {
     "shapes-unet": Recipe(),
     "shapes-ddpm": Recipe(steps=3000, batch=16, scenes=20_000),
 }
-"""The numbers that each model is trained with, unless the command line says otherwise."""
+"""The numbers that a model is trained with from nothing, unless the command line says otherwise."""
+
+_OF_WORDS = ("vae_steps", "images", "pairs", "twins")
+"""Numbers that mean something only for a model with an autoencoder and words."""
 
 
 def train_shapes_unet(out: Path, recipe: Recipe, start: Path | None = None) -> Path:
@@ -145,7 +148,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m workbench.zoo.train", description=__doc__)
     parser.add_argument("model", help=", ".join(RECIPES))
     parser.add_argument(
-        "--out", type=Path, default=Path("training"), help="folder for checkpoints and the result"
+        "--out", type=Path, help="folder for checkpoints and the result; training/MODEL if not given"
     )
     parser.add_argument("--start", type=Path, default=None, help="folder of a pipeline to begin with")
     for number in fields(Recipe):
@@ -155,11 +158,15 @@ def main(arguments: list[str] | None = None) -> None:
         raise InputError(f"There is no recipe for {given.model!r}.{nearest(given.model, RECIPES)}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     asked = {number.name: getattr(given, number.name) for number in fields(Recipe)}
+    idle = [name for name in _OF_WORDS if given.model == "shapes-ddpm" and asked[name] is not None]
+    if idle:
+        raise InputError(f"shapes-ddpm has no words and no autoencoder, so nothing takes {', '.join(idle)}.")
+    out = given.out or Path("training") / given.model
     recipe = replace(
         RECIPES[given.model], **{name: value for name, value in asked.items() if value is not None}
     )
     train = train_shapes_unet if given.model == "shapes-unet" else train_shapes_ddpm
-    log.info("exported to %s", train(given.out, recipe, given.start))
+    log.info("exported to %s", train(out, recipe, given.start))
 
 
 if __name__ == "__main__":

@@ -16,12 +16,12 @@ def build_unconditional() -> UNet2DModel:
     """Make the denoiser, untrained: (batch, 3, 64, 64) there and back, attention at 16 x 16 and 8 x 8."""
     return UNet2DModel(
         sample_size=SIDE,
-        block_out_channels=(32, 48, 96, 112),
+        block_out_channels=(32, 48, 72, 80),
         down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
         layers_per_block=1,
-        norm_num_groups=16,
-        attention_head_dim=16,
+        norm_num_groups=8,
+        attention_head_dim=8,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import fnmatch
 import os
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -46,27 +52,34 @@ def register_strategy(transformer_cls: str, strategy: Strategy) -> None:
 
 def choose_device(device: torch.device | str | None) -> torch.device:
     """Return the device that is given, this rank's CUDA device, or the CPU."""
-    if device is not None:
-        return torch.device(device)
-    if torch.cuda.is_available():
+    found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if found.type == "cuda" and found.index is None:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
+    return found
 
 
-def connect(backend: str | None, device: torch.device) -> int:
-    """Join the ranks, if that has not been done, and return how many there are.
+def ranks() -> int:
+    """Return how many ranks there are.
 
     Raises:
         InputError: this process was not started as one of several.
     """
+    if dist.is_initialized():
+        return dist.get_world_size()
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        raise InputError(
+            "A parallel scheme spreads a model over several processes, and this is one alone. Start them "
+            "together: torchrun --nproc-per-node 2 script.py"
+        )
+    return int(os.environ["WORLD_SIZE"])
+
+
+def connect(backend: str | None, device: torch.device) -> None:
+    """Join the ranks, if that has not been done."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if not dist.is_initialized():
-        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-            raise InputError(
-                "A parallel scheme spreads a model over several processes, and this is one alone. Start them "
-                "together: torchrun --nproc-per-node 2 script.py"
-            )
         dist.init_process_group(backend or ("nccl" if device.type == "cuda" else "gloo"), timeout=_PATIENCE)
-    return dist.get_world_size()
 
 
 class FSDP2Manager:
@@ -105,7 +118,11 @@ class FSDP2Manager:
 
 
 class DDPManager:
-    """Keeps a whole copy of a component on each rank, whose gradients are averaged."""
+    """Keeps a whole copy of a component on each rank, whose gradients are averaged.
+
+    Attributes:
+        scheme: what was asked for.
+    """
 
     def __init__(self, scheme: DDP) -> None:
         self.scheme = scheme
@@ -136,6 +153,18 @@ class Replica(DistributedDataParallel):
         except AttributeError:
             return getattr(super().__getattr__("module"), name)
 
+    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+        """Name the component's modules as it does itself."""
+        return self.module.named_modules(*args, **kwargs)
+
+    def named_children(self) -> Any:
+        """Name the component's children as it does itself."""
+        return self.module.named_children()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the component's own weights, under its own names."""
+        return self.module.state_dict(*args, **kwargs)
+
 
 Manager = FSDP2Manager | DDPManager
 
@@ -151,10 +180,16 @@ def make_manager(component: str, scheme: Scheme, world: int, device: torch.devic
 def shard_blocks(module: nn.Module, mesh: DeviceMesh, scheme: FSDP2) -> None:
     """Shard each repeated block by itself, and what is left with the whole.
 
-    Only one block is whole at a time, so that a rank holds its share and one block more.
+    Only one block is whole at a time, so that a rank holds its share and one block more. Parameters of
+    another dtype than most, which a class keeps in float32, stay whole on every rank.
     """
+    sizes: Counter[torch.dtype] = Counter()
+    for parameter in module.parameters():
+        sizes[parameter.dtype] += parameter.numel()
+    usual = sizes.most_common(1)[0][0]
     options: dict[str, Any] = {
         "mesh": mesh,
+        "ignored_params": {each for each in module.parameters() if each.dtype != usual},
         "mp_policy": scheme.mp_policy or MixedPrecisionPolicy(),
         "offload_policy": scheme.offloading,
     }
@@ -163,6 +198,9 @@ def shard_blocks(module: nn.Module, mesh: DeviceMesh, scheme: FSDP2) -> None:
     for block in blocks(module):
         fully_shard(block, reshard_after_forward=True, **options)
     fully_shard(module, **options)
+    for method in ("encode", "decode"):
+        if callable(getattr(module, method, None)):
+            register_fsdp_forward_method(module, method)
 
 
 def blocks(module: nn.Module) -> list[nn.Module]:
@@ -185,8 +223,10 @@ def checkpoint_activations(module: nn.Module) -> None:
     for name in ("enable_gradient_checkpointing", "gradient_checkpointing_enable"):
         enable = getattr(module, name, None)
         if callable(enable):
-            enable()
-            return
+            try:
+                return enable()
+            except ValueError:
+                break  # its class says that it cannot
     raise InputError(
         f"{type(module).__name__} cannot compute activations again: activation_checkpointing=False."
     )
@@ -201,8 +241,10 @@ def make_trainable(module: nn.Module) -> int:
 
 def _split_layers(module: nn.Module, mesh: DeviceMesh, plan: dict[str, Any]) -> None:
     styles = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel, "sequence": SequenceParallel}
-    paths = [path for path, _ in module.named_modules()]
+    paths = [path.split(".") for path, _ in module.named_modules()]
     for pattern, style in plan.items():
-        if not fnmatch.filter(paths, pattern):
+        parts = pattern.split(".")
+        # Part by part, as torch does it, which only warns of a pattern that fits nothing.
+        if not any(len(path) == len(parts) and all(map(fnmatch.fnmatch, path, parts)) for path in paths):
             raise UnknownNameError(f"tp_plan: no module of {type(module).__name__} is called {pattern!r}.")
         parallelize_module(module, mesh, {pattern: styles[style]() if isinstance(style, str) else style})

@@ -48,7 +48,7 @@ class NeMoAutoDiffusionPipeline(Parts):
             pretrained_model_name_or_path: a folder, a Hub id or a zoo name.
             parallel_scheme: by component, how it is spread; see `workbench.models.parallel.schemes`.
             device: where to; None is this rank's CUDA device, or the CPU.
-            torch_dtype: of the weights; ``"auto"`` is that of the files.
+            torch_dtype: of the weights; ``"auto"`` is that of the files. ``dtype`` is the same.
             move_to_device: whether to move components there.
             load_for_training: whether to make parameters trainable.
             components_to_load: which components are moved and made trainable; None is all.
@@ -67,7 +67,7 @@ class NeMoAutoDiffusionPipeline(Parts):
             move_to_device=move_to_device,
             load_for_training=load_for_training,
             components_to_load=components_to_load,
-            torch_dtype=torch_dtype,
+            dtype=options.pop("dtype", torch_dtype),
             **options,
         )
 

@@ -20,9 +20,10 @@ from workbench.models.parallel.managers import (
     connect,
     make_manager,
     make_trainable,
+    ranks,
 )
-from workbench.models.parallel.weights import fill
-from workbench.models.skeleton import make_part, texts
+from workbench.models.parallel.weights import fill, unfilled
+from workbench.models.skeleton import part_class, texts
 
 ParallelScheme = Mapping[str, Mapping[str, Any]]
 
@@ -49,24 +50,27 @@ def open_spread(
     kind = loading.pipeline_class(automodel)
     check(kind, found, asked)
     index = _index(texts(found, asked))
-    modules = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None]
-    where = choose_device(device)
-    chosen = _chosen(components_to_load, modules)
+    classes = {name: part_class(name, entry) for name, entry in index.items() if isinstance(entry, list)}
+    modules = [name for name, cls in classes.items() if isinstance(cls, type) and issubclass(cls, nn.Module)]
+    where, chosen = choose_device(device), _chosen(components_to_load, modules)
     planned = _planned(parallel_scheme, modules, where)
-    sharded = [name for name, (scheme, _) in planned.items() if isinstance(scheme, schemes.FSDP2)]
-    if sharded:
+    _check_quantised(asked, planned)
+    # What transformers makes has names of its own in its files, so it loads that itself, and whole.
+    by_shard = [
+        name
+        for name, (scheme, _) in planned.items()
+        if isinstance(scheme, schemes.FSDP2) and name not in asked and hasattr(classes[name], "load_config")
+    ]
+    made = {}
+    for name in by_shard:
         folder = loading.fetched(kind, found, asked)
-        made = {}
-        for name in sharded:
-            module = make_part(folder / name, index[name], buffers=True)
-            if not isinstance(module, nn.Module):
-                raise InputError(f"{name} is a {type(module).__name__}: there is nothing to shard.")
-            dtype = _dtype(asked.get("dtype"), folder, name, asked.get("variant"))
-            module = planned[name][1].parallelize(module.to(dtype))
-            fill(module, folder / name, dtype=dtype, device=where, variant=asked.get("variant"))
-            made[name] = module
-        asked = {**asked, **made}
-    pipeline = loading.from_pretrained(kind, found, asked)
+        scheme, manager = planned[name]
+        dtype = _dtype(asked.get("dtype"), folder, name, asked.get("variant"))
+        module = unfilled(classes[name], folder / name, dtype, uniform=load_for_training and name in chosen)
+        made[name] = manager.parallelize(module)
+        fill(module, folder / name, device=scheme.keeps_on(where), variant=asked.get("variant"))
+    pipeline = loading.from_pretrained(kind, found, {**asked, **made})
+    _shard(pipeline, {name: each for name, each in planned.items() if name not in made})
     return pipeline, _settle(pipeline, planned, where, chosen, move_to_device, load_for_training)
 
 
@@ -84,13 +88,27 @@ def spread(
     where = choose_device(device)
     chosen = _chosen(components_to_load, modules)
     planned = _planned(parallel_scheme, modules, where)
-    for name, (scheme, manager) in planned.items():
-        if isinstance(scheme, schemes.FSDP2):
-            _replace(pipeline, name, manager.parallelize(pipeline.components[name]))
+    _shard(pipeline, planned)
     return _settle(pipeline, planned, where, chosen, move_to_device, load_for_training)
 
 
 Planned = dict[str, tuple[schemes.Scheme, Manager]]
+
+
+def _shard(pipeline: Any, planned: Planned) -> None:
+    """Shard components that have their weights already."""
+    for name, (scheme, manager) in planned.items():
+        if isinstance(scheme, schemes.FSDP2):
+            _replace(pipeline, name, manager.parallelize(pipeline.components[name]))
+
+
+def _check_quantised(asked: Mapping[str, Any], planned: Planned) -> None:
+    sharded = [name for name, (scheme, _) in planned.items() if isinstance(scheme, schemes.FSDP2)]
+    if sharded and asked.get("quantization_config") is not None:
+        raise InputError(
+            f"{', '.join(sharded)}: quantised weights cannot be sharded. Leave quantization_config or the "
+            "parallel scheme."
+        )
 
 
 def _planned(given: ParallelScheme | None, modules: list[str], device: torch.device) -> Planned:
@@ -98,9 +116,13 @@ def _planned(given: ParallelScheme | None, modules: list[str], device: torch.dev
     read = schemes.read(given or {}, modules)
     if not read:
         return {}
-    world = connect(next(iter(read.values())).backend, device)
+    backends = {scheme.backend for scheme in read.values()} - {None}
+    if len(backends) > 1:
+        raise InputError(f"All components share one process group; its backend is one of {sorted(backends)}.")
+    world = ranks()
     for name, scheme in read.items():
         scheme.check(name, world, device)
+    connect(next(iter(backends), None), device)
     return {name: (scheme, make_manager(name, scheme, world, device)) for name, scheme in read.items()}
 
 
@@ -136,12 +158,11 @@ def _replace(pipeline: Any, name: str, module: nn.Module) -> None:
 
 
 def _chosen(names: Iterable[str] | None, modules: list[str]) -> list[str]:
-    if names is None:
-        return modules
-    for name in names:
+    chosen = modules if names is None else list(names)
+    for name in chosen:
         if name not in modules:
             raise UnknownNameError(f"components_to_load names {name!r}.{nearest(name, modules)}")
-    return list(names)
+    return chosen
 
 
 def _index(folder: Path) -> dict[str, Any]:

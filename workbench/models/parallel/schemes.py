@@ -46,6 +46,10 @@ class Scheme:
         if self.backend == "nccl" and device.type == "cpu":
             raise InputError(f"{component}: backend='nccl' is for CUDA; on a CPU it is 'gloo'.")
 
+    def keeps_on(self, device: torch.device) -> torch.device:
+        """Return where a component's parameters are kept."""
+        return device
+
 
 @dataclass(config=_CONFIG)
 class DDP(Scheme):
@@ -101,7 +105,12 @@ class FSDP2(Scheme):
                 raise UnknownNameError(f"{component}: no style {style!r} at {path}.{nearest(style, STYLES)}")
             if style == "sequence" and not self.sequence_parallel:
                 raise InputError(f"{component}: 'sequence' at {path} needs sequence_parallel=True.")
-        self.sizes(component, world)
+        sizes = self.sizes(component, world)
+        if sizes["dp_replicate"] * sizes["dp_shard"] == 1 and (self.mp_policy or self.offload_policy):
+            raise InputError(
+                f"{component}: mp_policy and offload_policy are about shards, and tp_size={self.tp_size} on "
+                f"{world} ranks leaves none."
+            )
 
     def sizes(self, component: str, world: int) -> dict[str, int]:
         """Return the sizes of the mesh of ranks: ``dp_replicate``, ``dp_shard`` and ``tp``.
@@ -126,6 +135,10 @@ class FSDP2(Scheme):
                 "are {'_manager_type': 'ddp'}."
             )
         return found
+
+    def keeps_on(self, device: torch.device) -> torch.device:
+        """Return where a component's parameters are kept: on the CPU if that is the policy."""
+        return torch.device("cpu") if isinstance(self.offloading, CPUOffloadPolicy) else device
 
     @property
     def offloading(self) -> OffloadPolicy:

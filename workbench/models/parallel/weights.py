@@ -7,24 +7,51 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from workbench.errors import LoadError
 from workbench.models.options import weight_files
+from workbench.models.skeleton import from_folder
 
 
-def fill(
-    module: nn.Module, folder: Path, *, dtype: torch.dtype, device: torch.device, variant: str | None = None
-) -> None:
+def unfilled(kind: Any, folder: Path, dtype: torch.dtype, *, uniform: bool) -> nn.Module:
+    """Build a model of diffusers whose parameters are on ``meta``, in the dtypes that loading it would give.
+
+    Args:
+        kind: its class.
+        folder: with its configuration.
+        dtype: of its parameters; buffers that it computes itself are real, and as the class makes them.
+        uniform: cast also what the class would keep in float32, which training in shards needs.
+
+    Raises:
+        LoadError: the configuration is not there, or does not fit the class.
+    """
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        with init_empty_weights(include_buffers=False):
+            module = from_folder(kind, folder)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise LoadError(f"{folder.name} could not be built from {folder}: {error}") from error
+    finally:
+        torch.set_default_dtype(before)
+    kept = set() if uniform else {*(getattr(kind, "_keep_in_fp32_modules", None) or ())}
+    for path, parameter in module.named_parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.float32 if kept & {*path.split(".")} else dtype)
+    return module
+
+
+def fill(module: nn.Module, folder: Path, *, device: torch.device, variant: str | None = None) -> None:
     """Give a module on ``meta`` its weights, one tensor at a time.
 
     Args:
         module: with parameters on ``meta``, sharded or not, and real buffers.
         folder: the component's, with its safetensors files.
-        dtype: what the floating-point weights become.
-        device: where they go.
+        device: where the weights go; a module that keeps its shards on the CPU has its buffers there too.
         variant: of the files.
 
     Raises:
@@ -38,14 +65,14 @@ def fill(
                 continue
             if parameter not in made:
                 tensor = _read(where, f"{path}.{name}".lstrip("."), parameter.shape, folder)
-                made[parameter] = _placed(tensor, parameter, dtype, device)
+                made[parameter] = _placed(tensor, parameter, device)
             owner._parameters[name] = made[parameter]
         for name, buffer in list(owner._buffers.items()):
             if buffer is None:
                 continue
             key = f"{path}.{name}".lstrip(".")
-            kept = _read(where, key, buffer.shape, folder) if key in where else buffer
-            owner._buffers[name] = kept.to(device, dtype if kept.is_floating_point() else kept.dtype)
+            kept = _read(where, key, buffer.shape, folder).to(buffer.dtype) if key in where else buffer
+            owner._buffers[name] = kept.to(device)
 
 
 def _where(folder: Path, variant: str | None) -> dict[str, Path]:
@@ -71,14 +98,14 @@ def _read(where: Mapping[str, Path], key: str, shape: torch.Size, folder: Path) 
     return tensor
 
 
-def _placed(tensor: torch.Tensor, like: Any, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+def _placed(tensor: torch.Tensor, like: Any, device: torch.device) -> nn.Parameter:
     """Return this rank's part of a tensor as a parameter that lies as ``like`` does."""
     if not isinstance(like, DTensor):
-        return nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=like.requires_grad)
+        return nn.Parameter(tensor.to(device, like.dtype, copy=True), requires_grad=like.requires_grad)
     mesh, placements = like.device_mesh, like.placements
     local = distribute_tensor(tensor, mesh, placements, src_data_rank=None).to_local()
     whole = DTensor.from_local(
-        local.to(device, dtype, copy=True),
+        local.to(device, like.dtype, copy=True),
         mesh,
         placements,
         run_check=False,

@@ -1,0 +1,77 @@
+"""The loop of Stable Diffusion in diffusers' tutorial on taking a pipeline apart, on the shipped model.
+
+It is written as there; only the ids, the sizes and the scaling constants are others.
+"""
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel, UniPCMultistepScheduler
+from PIL import Image
+from transformers import CLIPTextModel, CLIPTokenizer
+
+import workbench as wb
+from workbench.zoo import shapes
+
+STABLE = wb.zoo.path("shapes-unet")
+
+
+def as_image(sample):
+    image = (sample / 2 + 0.5).clamp(0, 1).squeeze()
+    return Image.fromarray((image.permute(1, 2, 0) * 255).round().to(torch.uint8).cpu().numpy())
+
+
+def test_the_loop_of_stable_diffusion():
+    vae = AutoencoderKL.from_pretrained(STABLE, subfolder="vae")
+    tokenizer = CLIPTokenizer.from_pretrained(STABLE, subfolder="tokenizer")
+    text_encoder = CLIPTextModel.from_pretrained(STABLE, subfolder="text_encoder")
+    unet = UNet2DConditionModel.from_pretrained(STABLE, subfolder="unet")
+    scheduler = UniPCMultistepScheduler.from_pretrained(STABLE, subfolder="scheduler")
+    height = width = 64
+    guidance_scale = 3.0
+
+    def loop(prompt, generator=None, num_inference_steps=20):
+        text_input = tokenizer(
+            prompt,
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        with torch.no_grad():
+            text_embeddings = text_encoder(text_input.input_ids)[0]
+        max_length = text_input.input_ids.shape[-1]
+        uncond_input = tokenizer([""], padding="max_length", max_length=max_length, return_tensors="pt")
+        with torch.no_grad():
+            uncond_embeddings = text_encoder(uncond_input.input_ids)[0]
+        text_embeddings = torch.cat([uncond_embeddings, text_embeddings])
+        latents = torch.randn((1, unet.config.in_channels, height // 4, width // 4), generator=generator)
+        latents = latents * scheduler.init_noise_sigma
+        scheduler.set_timesteps(num_inference_steps)
+        for t in scheduler.timesteps:
+            latent_model_input = torch.cat([latents] * 2)
+            latent_model_input = scheduler.scale_model_input(latent_model_input, timestep=t)
+            with torch.no_grad():
+                noise_pred = unet(latent_model_input, t, encoder_hidden_states=text_embeddings).sample
+            noise_pred_uncond, noise_pred_text = noise_pred.chunk(2)
+            noise_pred = noise_pred_uncond + guidance_scale * (noise_pred_text - noise_pred_uncond)
+            latents = scheduler.step(noise_pred, t, latents).prev_sample
+        with torch.no_grad():
+            return as_image(vae.decode(latents / vae.config.scaling_factor).sample)
+
+    parts = {
+        "vae": vae,
+        "tokenizer": tokenizer,
+        "text_encoder": text_encoder,
+        "unet": unet,
+        "scheduler": scheduler,
+    }
+    plain = loop(["a red circle"], torch.Generator("cpu").manual_seed(0))
+    model = wb.trace_loop(loop, components=parts)
+    site = "unet.up_blocks.2"
+    red = model.record("a red circle", seed=0, capture=[site])
+    assert red.images[0].tobytes() == plain.tobytes()
+    assert red.ledger.branches == ("uncond", "cond")
+    (thing,) = shapes.read(red.images[0]).things
+    assert thing.pair == ("red", "circle")
+    patch = wb.Patch(site, source=red, branch="cond")
+    assert model.record("a blue circle", seed=0, interventions=[patch]).images[0].tobytes() == plain.tobytes()
+    assert red.fork(10).images[0].tobytes() == plain.tobytes()
