@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -179,37 +181,40 @@ class Session:
 
     def _install(self) -> None:
         self.system.check_unchanged()
-        places = {site: resolve(self.system.components, site.path) for site in self._places()}
+        self.record.captured = {str(site): [] for site in self.capture}
+        wanted = self._wanted()
+        places = {place: resolve(self.system.components, place.path) for place in wanted}
         check(self.system.components, places)
         check_denoisers(self.system.denoisers, forking=self.replay is not None)
         self.record.rng_state = torch.get_rng_state()
-        self.record.captured = {str(site): [] for site in self.capture}
         self.clock.started.append(lambda _: self.system.check_unchanged())
         self.clock.finished.append(self._finish)
         self.clock.ticked.append(self._tick)
         self.clock.attach(self.rig)
         for attach in self.attached:
             attach(self.rig)
-        for site, target in places.items():
-            self._hook(site, target)
+        for place, target in places.items():
+            self._hook(place, target, wanted[place])
         if self.replay is not None:
             self.replay.attach(self.rig, self.clock)
             for site in self.capture:
                 self.record.captured[str(site)].extend(self.replay.passages(site))
 
-    def _places(self) -> list[Site]:
-        """Every module port something is wanted of, once."""
-        wanted = [
-            *(site for edit in self.edits for site in edit.sites),
-            *(site for taker in self.takers for site in taker.sites),
-            *self.capture,
-        ]
-        return list(dict.fromkeys(Site(site.path, site.port) for site in wanted))
+    def _wanted(self) -> dict[Site, _Wanted]:
+        """What is wanted of each module port."""
+        found: dict[Site, _Wanted] = defaultdict(_Wanted)
+        for edit in self.edits:
+            for site in edit.sites:
+                found[_place(site)].edits.append((site, edit))
+        for taker in self.takers:
+            for site in taker.sites:
+                found[_place(site)].takers.append((site, taker))
+        for site in self.capture:
+            found[_place(site)].captures.append((site, self.record.captured[str(site)]))
+        return dict(found)
 
-    def _hook(self, place: Site, target: Target) -> None:
-        edits = [(site, edit) for edit in self.edits for site in edit.sites if _at(site, place)]
-        captures = [(site, self.record.captured[str(site)]) for site in self.capture if _at(site, place)]
-        takers = [(site, taker) for taker in self.takers for site in taker.sites if _at(site, place)]
+    def _hook(self, place: Site, target: Target, wanted: _Wanted) -> None:
+        edits, takers, captures = wanted.edits, wanted.takers, wanted.captures
 
         def pass_by(value: Any) -> Any:
             row = self.clock.now
@@ -281,5 +286,15 @@ class Session:
         )
 
 
-def _at(site: Site, place: Site) -> bool:
-    return (site.path, site.port) == (place.path, place.port)
+@dataclass
+class _Wanted:
+    """What is wanted of a module's port, each with the site as it was asked for."""
+
+    edits: list[tuple[Site, Edit]] = field(default_factory=list)
+    takers: list[tuple[Site, Taker]] = field(default_factory=list)
+    captures: list[tuple[Site, list[Passage]]] = field(default_factory=list)
+
+
+def _place(site: Site) -> Site:
+    """Return the port that a site is at, whatever part of its value it selects."""
+    return Site(site.path, site.port) if site.leaf else site

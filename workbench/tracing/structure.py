@@ -46,7 +46,7 @@ def keep(value: Any) -> Any:
 def keep_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Return a detached copy on the CPU, strides preserved."""
     plain = tensor.detach()
-    return plain.clone() if plain.device.type == "cpu" else plain.to("cpu")
+    return plain.clone() if plain.is_cpu else plain.to("cpu")
 
 
 def spell(leaf: Leaf) -> str:
