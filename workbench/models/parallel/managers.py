@@ -224,9 +224,10 @@ def checkpoint_activations(module: nn.Module) -> None:
         enable = getattr(module, name, None)
         if callable(enable):
             try:
-                return enable()
+                enable()
             except ValueError:
                 break  # its class says that it cannot
+            return
     raise InputError(
         f"{type(module).__name__} cannot compute activations again: activation_checkpointing=False."
     )

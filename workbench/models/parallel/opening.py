@@ -116,7 +116,7 @@ def _planned(given: ParallelScheme | None, modules: list[str], device: torch.dev
     read = schemes.read(given or {}, modules)
     if not read:
         return {}
-    backends = {scheme.backend for scheme in read.values()} - {None}
+    backends = {scheme.backend for scheme in read.values() if scheme.backend is not None}
     if len(backends) > 1:
         raise InputError(f"All components share one process group; its backend is one of {sorted(backends)}.")
     world = ranks()
