@@ -21,13 +21,13 @@ WATCHED = tuple(f"{PACKAGE}/{name}/" for name in ("tracing", "models", "attentio
 
 ERRORS = (RuntimeError, KeyboardInterrupt, MemoryError, torch.OutOfMemoryError)
 
-LOOKING_UP = {"resolve", "parse", "modules", "at", "_module_at", "check", "_places", "site", "_system"}
+LOOKING_UP = {"resolve", "parse", "modules", "at", "_module_at", "check", "_wanted", "site", "_system"}
 REGISTERING = {"before", "after", "wrap", "attach", "watch_exits", "hook_port", "_hook", "_install"}
 REGISTERING |= {"_hook_once", "_keep_hookable", "_open_entrances", "_watch_layer"}
 REGISTERING |= {"__enter__", "_begin", "_occupy", "begin"}
-EDITING = {"_apply", "apply", "new_value", "put", "pick", "pass_by", "_pass", "replace", "check_fit", "_keep"}
+EDITING = {"_apply", "apply", "new_value", "put", "pick", "pass_by", "_pass", "replace", "check_fit", "keep"}
 LEAVING = {"sweep", "drop", "_remove", "__exit__", "_take_off", "_end", "_leave", "_finish"}
-LEAVING |= {"deliver", "restore", "end"}
+LEAVING |= {"deliver", "restore", "end", "let_go", "forget"}
 
 STAGES = ("look-up", "register", "forward", "edit", "exit", "between")
 

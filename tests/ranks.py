@@ -61,6 +61,15 @@ def laid_out(model: DiffusionModel) -> DiffusionModel:
     return model
 
 
+def alone(folder: Path) -> None:
+    """Trace each family in this process alone, and what was trained in copies, if it is there."""
+    for name in (*FAMILIES, "trained"):
+        if (folder / name).exists():
+            family = "flux" if name == "trained" else name
+            model = laid_out(DiffusionModel(folder / name, dispatch=True))
+            torch.save(traced(family, model), folder / f"{name}-alone.pt")
+
+
 def families(folder: Path) -> None:
     """Trace each family, its denoiser sharded."""
     for name in FAMILIES:
@@ -240,4 +249,5 @@ def _keep(folder: Path, name: str, found: dict[str, Any]) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     globals()[sys.argv[1]](Path(sys.argv[2]))
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -60,8 +60,17 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+def by_itself(folder):
+    """Run `tests.ranks.alone` in a process of its own: in this one, earlier runs decide on the kernels."""
+    command = [sys.executable, "-m", "tests.ranks", "alone", str(folder)]
+    subprocess.run(
+        command, cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, check=True
+    )
+
+
 @pytest.fixture(scope="module")
-def sharded(folder, one_thread):
+def sharded(folder):
+    by_itself(folder)
     done, _ = together("families", folder)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
@@ -69,7 +78,7 @@ def sharded(folder, one_thread):
 
 @pytest.mark.parametrize("name", ranks.FAMILIES)
 def test_shards_compute_what_one_process_does(sharded, name):
-    alone = ranks.traced(name, ranks.laid_out(DiffusionModel(sharded / name, dispatch=True)))
+    alone = torch.load(sharded / f"{name}-alone.pt", weights_only=True)
     for rank in (0, 1):
         found = torch.load(sharded / f"{name}-{rank}.pt", weights_only=True)
         for what, value in alone.items():
@@ -79,10 +88,11 @@ def test_shards_compute_what_one_process_does(sharded, name):
     assert not torch.equal(alone["patched"], alone["latents"])
 
 
-def test_copies_and_split_layers_compute_the_same(folder, one_thread):
+def test_copies_and_split_layers_compute_the_same(folder):
     done, _ = together("copies", folder)
     assert done.returncode == 0, done.stderr[-4000:]
-    alone = ranks.traced("flux", ranks.laid_out(DiffusionModel(folder / "flux", dispatch=True)))["patched"]
+    by_itself(folder)
+    alone = torch.load(folder / "flux-alone.pt", weights_only=True)["patched"]
     for rank in (0, 1):
         found = torch.load(folder / f"copies-{rank}.pt", weights_only=True)
         assert torch.equal(found["ddp"], alone)
@@ -92,7 +102,7 @@ def test_copies_and_split_layers_compute_the_same(folder, one_thread):
         torch.testing.assert_close(found["tp"], alone, rtol=1e-4, atol=1e-4)
 
     # What ddp trained is saved as the component itself, and opens again.
-    again = ranks.traced("flux", ranks.laid_out(DiffusionModel(folder / "trained", dispatch=True)))["patched"]
+    again = torch.load(folder / "trained-alone.pt", weights_only=True)["patched"]
     assert torch.equal(again, alone)
 
 

@@ -10,10 +10,10 @@ from tests import tiny
 from tests.tracing import matrix
 from workbench import zoo
 from workbench.interventions.patch import Patch
+from workbench.tracing import session
 from workbench.tracing.branches import Branches
 from workbench.tracing.replay import Replay
 from workbench.tracing.rig import Rig
-from workbench.tracing.session import Session
 from workbench.tracing.stages import Stages
 from workbench.tracing.structure import map_tensors
 from workbench.tracing.trace import Trace
@@ -76,7 +76,7 @@ BREAKING = {
     "read": (Trace, "_pass", lambda self, place, value, _pass=Trace._pass: nudged(_pass(self, place, value))),
     "replace": (Trace, "replace", lambda self, site, new: self.value(site)),
     "zero": (Trace, "value", lambda self, site, value=Trace.value: nudged(value(self, site))),
-    "looking": (Session, "_keep", lambda self, site, value: torch.rand(1)),
+    "looking": (session, "keep", lambda value: torch.rand(1)),
     "patch": (Patch, "new_value", lambda self, site, value, row, branch: nudged(value)),
     "fork": (Replay, "covers", lambda self, row: False),
     "tidy": (Rig, "sweep", lambda self: None),

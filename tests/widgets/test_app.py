@@ -158,7 +158,7 @@ def test_source_leaves_the_targets_run_where_asked():
         early, late = bench.source.latents == bench.target.latents, (2, 3)
         assert early[:2].all()
         assert not any(early[step].all() for step in late)
-        assert "target.fork(2, prompt='a red circle'" in bench.code.code
+        assert "target.fork(2, prompt='a red circle')" in bench.code.code
         for site in (SITE, "unet.conv_in"):
             cell = bench.patch(site, 2, "from here").result(LONG)
             alone = cell.experiment.run(DiffusionModel(tiny.sd1()))

@@ -26,7 +26,10 @@ def workbench_code(experiment: Experiment) -> str:
     """
     opened = repr(experiment.model) if experiment.model else "pipeline"
     settings = {**experiment.settings(), "seed": experiment.seed}
-    capture = f", capture={list(experiment.captures())!r}" if experiment.patches else ""
+    capture = [f"capture={list(experiment.captures())!r}"] if experiment.patches else []
+    prompts = repr(experiment.source), repr(experiment.target)
+    leaving = experiment.source_from
+    target = _call("target = model.record", [prompts[1], "**settings"])
     lines = [
         "import workbench as wb",
         "",
@@ -35,17 +38,14 @@ def workbench_code(experiment: Experiment) -> str:
         *(f"    {name!r}: {value!r}," for name, value in settings.items()),
         "}",
     ]
-    target = f"target = model.record({experiment.target!r}, **settings)"
-    leaving = experiment.source_from
     if leaving:
-        lines += [target, f"source = target.fork({leaving}, prompt={experiment.source!r}{capture})"]
+        lines += [*target, *_call("source = target.fork", [repr(leaving), f"prompt={prompts[0]}", *capture])]
     else:
-        lines += [f"source = model.record({experiment.source!r}{capture}, **settings)"]
+        lines += _call("source = model.record", [prompts[0], *capture, "**settings"])
     if experiment.patches:
         lines += [
-            f"patched = target.fork(\n    {leaving},"
-            if leaving
-            else f"patched = model.record(\n    {experiment.target!r},",
+            *(["patched = target.fork(", f"    {leaving},"] if leaving else ["patched = model.record("]),
+            *([] if leaving else [f"    {prompts[1]},"]),
             "    interventions=[",
             *(line for patch in experiment.patches for line in _patch_lines(patch, leaving)),
             "    ],",
@@ -54,8 +54,14 @@ def workbench_code(experiment: Experiment) -> str:
             "patched.images[0]",
         ]
     else:
-        lines += [*([] if leaving else [target]), "target.images[0]"]
+        lines += [*([] if leaving else target), "target.images[0]"]
     return "\n".join(lines) + "\n"
+
+
+def _call(function: str, arguments: Sequence[str]) -> list[str]:
+    """Return a call as it is written: in one line, or an argument a line where that would be long."""
+    line = f"{function}({', '.join(arguments)})"
+    return [line] if len(line) <= 80 else [f"{function}(", *(f"    {each}," for each in arguments), ")"]
 
 
 def standalone_code(experiment: Experiment, source: Record, target: Record) -> str:
