@@ -120,12 +120,17 @@ def test_memory_efficient_attention_wins_over_slices(model):
     assert not any("Sliced" in type(each).__name__ for each in others)
 
 
-def test_attention_backend_is_chosen_and_traced(model):
-    before = model.record(PROMPT, seed=1, num_inference_steps=2, output_type="np").images
-    model.unet.module.set_attention_backend("_native_math")
-    assert near(model, before)
-    record = model.record(PROMPT, num_inference_steps=1, capture=[f"{ATTENTION}:query"])
-    assert record.passages(f"{ATTENTION}:query")
+def test_attention_backend_is_chosen_and_traced():
+    case = tiny.CASES["flux"]
+    model = DiffusionModel(case.build())
+    settings = {**case.arguments, "num_inference_steps": 2, "seed": 1, "output_type": "latent"}
+    before = model.record(**settings).latents
+    model.transformer.module.set_attention_backend("_native_math")
+    attention = model.transformer.module.transformer_blocks[0].attn
+    assert "NATIVE_MATH" in str(attention.processor._attention_backend).upper()
+    record = model.record(capture=["transformer.transformer_blocks.0.attn:query"], **settings)
+    torch.testing.assert_close(record.latents, before, rtol=1e-4, atol=1e-4)
+    assert record.passages("transformer.transformer_blocks.0.attn:query")
 
 
 def test_tiles_and_slices_of_the_decoder(model):
@@ -144,6 +149,7 @@ def test_tiles_and_slices_of_the_decoder(model):
 def test_offloaded_parts_are_traced(model):
     whole = made(model)
     model.enable_model_cpu_offload(device="cpu")
+    assert hasattr(model.unet.module, "_hf_hook")
     assert made(model, capture=["unet.mid_block"]) == whole
     model.remove_all_hooks()
     assert made(model) == whole
