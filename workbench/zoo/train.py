@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 RECIPES = {
     "shapes-unet": Recipe(),
-    "shapes-ddpm": Recipe(steps=3000, batch=16, scenes=20_000),
+    "shapes-ddpm": Recipe(steps=8000, batch=8, rate=8e-4, scenes=20_000),
 }
 """The numbers that a model is trained with from nothing, unless the command line says otherwise."""
 
