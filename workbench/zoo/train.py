@@ -9,13 +9,12 @@ last checkpoint, and after every checkpoint ``DIR/export`` holds a complete pipe
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
-from diffusers import DDPMPipeline, DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DDPMPipeline, StableDiffusionPipeline
 from torch import Tensor
 
 from workbench.errors import InputError, nearest
@@ -29,6 +28,7 @@ from workbench.zoo.denoiser import (
     draw_batch,
     encode_pool,
 )
+from workbench.zoo.export import export
 from workbench.zoo.tokens import build_tokenizer
 from workbench.zoo.training import Recipe, Training
 from workbench.zoo.unconditional import (
@@ -115,32 +115,6 @@ def train_shapes_ddpm(out: Path, recipe: Recipe, start: Path | None = None) -> P
     write()
     training.run(loss, out / "denoiser.pt", write)
     return out / "export"
-
-
-def export(pipeline: DiffusionPipeline, folder: Path) -> None:
-    """Save a pipeline as float16 safetensors that load as float32 when no type is asked for.
-
-    Args:
-        pipeline: what to save; it is left as it is.
-        folder: where to.
-    """
-    for name, module in pipeline.components.items():
-        if not isinstance(module, torch.nn.Module):
-            continue
-        full = {key: value.detach().clone() for key, value in module.state_dict().items()}
-        module.half().save_pretrained(folder / name)  # type: ignore[operator]
-        module.float().load_state_dict(full)
-    for name in ("tokenizer", "scheduler"):
-        if name in pipeline.components:
-            pipeline.components[name].save_pretrained(folder / name)
-    pipeline.save_config(folder)
-    for config in (folder / "model_index.json", *folder.glob("*/config.json")):
-        settings = json.loads(config.read_text())
-        settings.pop("_name_or_path", None)  # where the weights were that it began with
-        if config.parent.name == "text_encoder":
-            # transformers loads the type named here, diffusers float32: name float32, or they differ.
-            settings["dtype"] = "float32"
-        config.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> None:
