@@ -4,20 +4,28 @@
 its text encoder. Everything in between is kept under ``DIR``, so that a run that was stopped goes on from its
 last checkpoint, and after every checkpoint ``DIR/export`` holds a complete pipeline of the averaged weights.
 ``--start FOLDER`` begins with the weights of an exported pipeline, and keeps its autoencoder.
+``shapes-mmdit`` takes the autoencoder of the zoo's ``shapes-unet``.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
-from diffusers import DDPMPipeline, StableDiffusionPipeline
+from diffusers import (
+    AutoencoderKL,
+    DDPMPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+)
 from torch import Tensor
 
 from workbench.errors import InputError, nearest
+from workbench.zoo import path
 from workbench.zoo.autoencoder import load_or_train
 from workbench.zoo.denoiser import (
     assemble,
@@ -29,6 +37,14 @@ from workbench.zoo.denoiser import (
     encode_pool,
 )
 from workbench.zoo.export import export
+from workbench.zoo.mmdit import (
+    assemble_mmdit,
+    build_encoders,
+    build_transformer,
+    draw_times,
+    flow_loss,
+    silent_rows,
+)
 from workbench.zoo.tokens import build_tokenizer
 from workbench.zoo.training import Recipe, Training
 from workbench.zoo.unconditional import (
@@ -44,11 +60,15 @@ log = logging.getLogger(__name__)
 RECIPES = {
     "shapes-unet": Recipe(),
     "shapes-ddpm": Recipe(steps=3000, batch=16, scenes=20_000),
+    "shapes-mmdit": Recipe(steps=4000, batch=64, scenes=40_000, pairs=0.5, twins=0.12),
 }
-"""The numbers that a model is trained with from nothing, unless the command line says otherwise."""
+"""The numbers that a model is trained with, unless the command line says otherwise."""
 
-_OF_WORDS = ("vae_steps", "images", "pairs", "twins")
-"""Numbers that mean something only for a model with an autoencoder and words."""
+_IDLE = {
+    "shapes-ddpm": ("vae_steps", "images", "pairs", "twins"),
+    "shapes-mmdit": ("vae_steps", "images"),
+}
+"""Numbers that mean nothing for a model: without words, or with an autoencoder that is there already."""
 
 
 def train_shapes_unet(out: Path, recipe: Recipe, start: Path | None = None) -> Path:
@@ -94,6 +114,40 @@ def train_shapes_unet(out: Path, recipe: Recipe, start: Path | None = None) -> P
     return out / "export"
 
 
+def train_shapes_mmdit(out: Path, recipe: Recipe, start: Path | None = None) -> Path:
+    """Train ``shapes-mmdit``, or go on training it; as `train_shapes_unet`."""
+    first = None if start is None else StableDiffusion3Pipeline.from_pretrained(start)
+    vae = AutoencoderKL.from_pretrained(path("shapes-unet") / "vae") if first is None else first.vae
+    torch.manual_seed(recipe.seed)
+    tokenizer = build_tokenizer() if first is None else first.tokenizer
+    encoders, transformer = build_encoders(tokenizer), build_transformer()
+    models = {"text_encoder": encoders[0], "text_encoder_2": encoders[1], "transformer": transformer}
+    if first is not None:
+        for name, model in models.items():
+            model.load_state_dict(first.components[name].state_dict())
+    training = Training(models, recipe)
+    training.resume(out / "denoiser.pt")
+
+    def write() -> None:
+        names = ("text_encoder", "text_encoder_2")
+        fresh = zip(names, build_encoders(tokenizer), strict=True)
+        averaged = [training.averaged(name, encoder) for name, encoder in fresh]
+        denoiser = training.averaged("transformer", build_transformer())
+        export(assemble_mmdit(vae, averaged, denoiser, tokenizer), out / "export")
+
+    write()
+    pool = encode_pool(vae, recipe.scenes, recipe.seed + 2, pairs=recipe.pairs, twins=recipe.twins)
+
+    def loss(step: int) -> Tensor:
+        silent = silent_rows(step)
+        size = max(recipe.batch // 4, 1) if silent else recipe.batch  # so many tokens take the same time
+        batch = draw_batch(pool, tokenizer, size, recipe.seed, step, times=draw_times)
+        return flow_loss(encoders, transformer, batch, silent)
+
+    training.run(loss, out / "denoiser.pt", write)
+    return out / "export"
+
+
 def train_shapes_ddpm(out: Path, recipe: Recipe, start: Path | None = None) -> Path:
     """Train ``shapes-ddpm``, or go on training it; as `train_shapes_unet`."""
     torch.manual_seed(recipe.seed)
@@ -117,6 +171,13 @@ def train_shapes_ddpm(out: Path, recipe: Recipe, start: Path | None = None) -> P
     return out / "export"
 
 
+_TRAIN: dict[str, Callable[[Path, Recipe, Path | None], Path]] = {
+    "shapes-unet": train_shapes_unet,
+    "shapes-ddpm": train_shapes_ddpm,
+    "shapes-mmdit": train_shapes_mmdit,
+}
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the recipe named on the command line."""
     parser = argparse.ArgumentParser(prog="python -m workbench.zoo.train", description=__doc__)
@@ -132,15 +193,14 @@ def main(arguments: list[str] | None = None) -> None:
         raise InputError(f"There is no recipe for {given.model!r}.{nearest(given.model, RECIPES)}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     asked = {number.name: getattr(given, number.name) for number in fields(Recipe)}
-    idle = [name for name in _OF_WORDS if given.model == "shapes-ddpm" and asked[name] is not None]
+    idle = [name for name in _IDLE.get(given.model, ()) if asked[name] is not None]
     if idle:
-        raise InputError(f"shapes-ddpm has no words and no autoencoder, so nothing takes {', '.join(idle)}.")
+        raise InputError(f"In the recipe of {given.model} nothing takes {', '.join(idle)}: leave it out.")
     out = given.out or Path("training") / given.model
     recipe = replace(
         RECIPES[given.model], **{name: value for name, value in asked.items() if value is not None}
     )
-    train = train_shapes_unet if given.model == "shapes-unet" else train_shapes_ddpm
-    log.info("exported to %s", train(out, recipe, given.start))
+    log.info("exported to %s", _TRAIN[given.model](out, recipe, given.start))
 
 
 if __name__ == "__main__":
