@@ -104,7 +104,9 @@ def test_the_world_without_words_is_trained_and_goes_on(tmp_path):
     assert all(torch.equal(one, other) for one, other in pairs)
 
 
-@pytest.mark.parametrize(("model", "number"), [("shapes-ddpm", "twins"), ("shapes-mmdit", "images")])
+@pytest.mark.parametrize(
+    ("model", "number"), [("shapes-ddpm", "twins"), ("shapes-mmdit", "images"), ("shapes-planted", "images")]
+)
 def test_numbers_that_a_recipe_does_not_take_are_refused(model, number):
     with pytest.raises(InputError, match=f"{model} nothing takes {number}"):
         train.main([model, f"--{number}", "1"])

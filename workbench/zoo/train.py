@@ -4,7 +4,7 @@
 its text encoder. Everything in between is kept under ``DIR``, so that a run that was stopped goes on from its
 last checkpoint, and after every checkpoint ``DIR/export`` holds a complete pipeline of the averaged weights.
 ``--start FOLDER`` begins with the weights of an exported pipeline, and keeps its autoencoder.
-``shapes-mmdit`` takes the autoencoder of the zoo's ``shapes-unet``.
+``shapes-mmdit`` takes the autoencoder of the zoo's ``shapes-unet``; ``shapes-planted`` begins with all of it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import logging
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,8 +22,10 @@ from diffusers import (
     DDPMPipeline,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    UNet2DConditionModel,
 )
 from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from workbench.errors import InputError, nearest
 from workbench.zoo import path
@@ -45,6 +48,7 @@ from workbench.zoo.mmdit import (
     flow_loss,
     silent_rows,
 )
+from workbench.zoo.planted import plant
 from workbench.zoo.tokens import build_tokenizer
 from workbench.zoo.training import Recipe, Training
 from workbench.zoo.unconditional import (
@@ -61,23 +65,29 @@ RECIPES = {
     "shapes-unet": Recipe(),
     "shapes-ddpm": Recipe(steps=3000, batch=16, scenes=20_000),
     "shapes-mmdit": Recipe(steps=4000, batch=64, scenes=40_000, pairs=0.5, twins=0.12),
+    "shapes-planted": Recipe(steps=3000, batch=32, rate=6e-4, scenes=24_000, pairs=0.5, twins=0.12),
 }
 """The numbers that a model is trained with, unless the command line says otherwise."""
 
 _IDLE = {
     "shapes-ddpm": ("vae_steps", "images", "pairs", "twins"),
     "shapes-mmdit": ("vae_steps", "images"),
+    "shapes-planted": ("vae_steps", "images"),
 }
 """Numbers that mean nothing for a model: without words, or with an autoencoder that is there already."""
 
+Hold = Callable[[CLIPTokenizer, CLIPTextModel, UNet2DConditionModel], None]
+"""Puts back those weights of a model that must stay as they are."""
 
-def train_shapes_unet(out: Path, recipe: Recipe, start: Path | None = None) -> Path:
+
+def train_shapes_unet(out: Path, recipe: Recipe, start: Path | None = None, hold: Hold | None = None) -> Path:
     """Train ``shapes-unet``, or go on training it.
 
     Args:
         out: folder for what is kept on the way.
         recipe: how long, with which seed; it should be that of the run being continued.
         start: folder of a pipeline to begin with; None is from nothing.
+        hold: puts back weights that must stay as they are.
 
     Returns:
         The folder of the exported pipeline.
@@ -94,13 +104,16 @@ def train_shapes_unet(out: Path, recipe: Recipe, start: Path | None = None) -> P
         text_encoder.load_state_dict(first.text_encoder.state_dict())
         unet.load_state_dict(first.unet.state_dict())
     unet.to(memory_format=torch.channels_last)  # a tenth faster on a processor
-    training = Training({"text_encoder": text_encoder, "unet": unet}, recipe)
+    held = None if hold is None else partial(hold, tokenizer, text_encoder, unet)
+    training = Training({"text_encoder": text_encoder, "unet": unet}, recipe, held)
     training.resume(out / "denoiser.pt")
 
     def write() -> None:
-        averaged = training.averaged("text_encoder", build_text_encoder(tokenizer))
-        pipeline = assemble(vae, averaged, training.averaged("unet", build_unet()), tokenizer)
-        export(pipeline, out / "export")
+        encoder = training.averaged("text_encoder", build_text_encoder(tokenizer))
+        denoiser = training.averaged("unet", build_unet())
+        if hold is not None:
+            hold(tokenizer, encoder, denoiser)
+        export(assemble(vae, encoder, denoiser, tokenizer), out / "export")
 
     write()
     pool = encode_pool(vae, recipe.scenes, recipe.seed + 2, pairs=recipe.pairs, twins=recipe.twins)
@@ -112,6 +125,11 @@ def train_shapes_unet(out: Path, recipe: Recipe, start: Path | None = None) -> P
 
     training.run(loss, out / "denoiser.pt", write)
     return out / "export"
+
+
+def train_shapes_planted(out: Path, recipe: Recipe, start: Path | None = None) -> Path:
+    """Train ``shapes-planted``, or go on training it; as `train_shapes_unet`, from the zoo's if not told."""
+    return train_shapes_unet(out, recipe, start or path("shapes-unet"), plant)
 
 
 def train_shapes_mmdit(out: Path, recipe: Recipe, start: Path | None = None) -> Path:
@@ -175,6 +193,7 @@ _TRAIN: dict[str, Callable[[Path, Recipe, Path | None], Path]] = {
     "shapes-unet": train_shapes_unet,
     "shapes-ddpm": train_shapes_ddpm,
     "shapes-mmdit": train_shapes_mmdit,
+    "shapes-planted": train_shapes_planted,
 }
 
 
