@@ -104,9 +104,12 @@ def test_the_world_without_words_is_trained_and_goes_on(tmp_path):
     assert all(torch.equal(one, other) for one, other in pairs)
 
 
-def test_numbers_that_a_recipe_does_not_take_are_refused():
-    with pytest.raises(InputError, match="nothing takes twins"):
-        train.main(["shapes-ddpm", "--twins", "0.5"])
+@pytest.mark.parametrize(
+    ("model", "number"), [("shapes-ddpm", "twins"), ("shapes-mmdit", "images"), ("shapes-planted", "images")]
+)
+def test_numbers_that_a_recipe_does_not_take_are_refused(model, number):
+    with pytest.raises(InputError, match=f"{model} nothing takes {number}"):
+        train.main([model, f"--{number}", "1"])
 
 
 def test_the_average_follows_the_weights_faster_at_first():

@@ -1,12 +1,18 @@
+import inspect
+
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 
 from workbench import zoo
 from workbench.errors import UnknownNameError
 from workbench.zoo import evaluate, shapes
 from workbench.zoo.autoencoder import psnr
 from workbench.zoo.scoring import score
+from workbench.zoo.train import RECIPES
+
+OF_WORDS = tuple(name for name in zoo.models() if name != "shapes-ddpm")
+LARGEST = {"shapes-unet": 16e6, "shapes-planted": 16e6, "shapes-mmdit": 20e6, "shapes-ddpm": 4e6}
 
 PROMPTS = (
     "a blue circle",
@@ -18,29 +24,43 @@ PROMPTS = (
 )
 
 
-@pytest.fixture(scope="module")
-def pipeline():
-    pipe = StableDiffusionPipeline.from_pretrained(zoo.path("shapes-unet"))
+def opened(name):
+    pipe = DiffusionPipeline.from_pretrained(zoo.path(name))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def test_the_zoo_has_its_model_and_names_it_when_another_is_asked_for():
-    assert zoo.models() == ("shapes-unet",)
-    assert (zoo.path("shapes-unet") / "model_index.json").is_file()
-    with pytest.raises(UnknownNameError, match=r"'shapes-unett'.*'shapes-unet'"):
-        zoo.path("shapes-unett")
+@pytest.fixture(scope="module", params=OF_WORDS)
+def pipeline(request):
+    return opened(request.param)
 
 
-def test_the_folder_is_small_enough_to_ship():
-    sizes = [file.stat().st_size for file in zoo.path("shapes-unet").rglob("*") if file.is_file()]
-    assert 4e6 < sum(sizes) <= 16e6
+def test_the_zoo_has_models_with_recipes_and_names_one_when_another_is_asked_for():
+    assert "shapes-unet" in zoo.models()
+    assert set(zoo.models()) <= set(RECIPES)
+    for each in (zoo.path, zoo.settings):
+        with pytest.raises(UnknownNameError, match=r"'shapes-unett'.*'shapes-unet'"):
+            each("shapes-unett")
 
 
-def test_the_pipeline_is_complete_and_of_one_type(pipeline):
-    assert {pipeline.unet.dtype, pipeline.vae.dtype, pipeline.text_encoder.dtype} == {torch.float32}
+@pytest.mark.parametrize("name", zoo.models())
+def test_a_folder_is_small_enough_to_ship(name):
+    sizes = [file.stat().st_size for file in zoo.path(name).rglob("*") if file.is_file()]
+    assert LARGEST[name] / 4 < sum(sizes) <= LARGEST[name]
+
+
+@pytest.mark.parametrize("name", zoo.models())
+def test_a_pipeline_is_of_one_type_and_takes_its_settings(name):
+    pipe = opened(name)
+    modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    assert {module.dtype for module in modules} == {torch.float32}
+    settings = zoo.settings(name)
+    assert set(settings) <= set(inspect.signature(pipe.__call__).parameters)
+    assert ("guidance_scale" in settings) == (name in OF_WORDS)
+
+
+def test_prompts_are_read_to_the_24th_token(pipeline):
     assert pipeline.tokenizer.model_max_length == 24
-    assert pipeline.scheduler.config.prediction_type == "v_prediction"
 
 
 def test_images_show_what_their_prompts_ask_for(pipeline):
@@ -77,6 +97,8 @@ def test_the_evaluation_prints_the_bars_and_all_right_last(pipeline):
         "95%",
         "95%",
     ]
-    assert not lines[-2].endswith("%") or "90%" in lines[-2]
+    assert lines[-2].split()[-1] == "90%"
+    places = next(line for line in lines if line.startswith("places right"))
+    assert places.endswith("90%") == hasattr(pipeline, "transformer")
     assert {name: len(scores) for name, scores in columns.items()} == {"model": 4, "held out": 1, "reader": 4}
     assert all(one.all_right for one in columns["reader"])

@@ -14,6 +14,13 @@ from workbench.zoo import shapes as shapes
 
 _WEIGHTS = Path(__file__).parent / "weights"
 
+_SETTINGS: dict[str, dict[str, float]] = {
+    "shapes-unet": {"num_inference_steps": 20, "guidance_scale": 3.0},
+    "shapes-planted": {"num_inference_steps": 20, "guidance_scale": 3.0},
+    "shapes-mmdit": {"num_inference_steps": 20, "guidance_scale": 3.0, "max_sequence_length": 24},
+    "shapes-ddpm": {"num_inference_steps": 100},
+}
+
 
 def models() -> tuple[str, ...]:
     """The names of the models that come with the package."""
@@ -38,6 +45,9 @@ def path(name: str) -> Path:
 
 
 def settings(name: str) -> dict[str, float]:
-    """The steps and guidance scale that a model was measured with."""
-    path(name)
-    return {"num_inference_steps": 20, "guidance_scale": 3.0}
+    """The pipeline's arguments that a model was measured with: steps, and guidance where it has words.
+
+    Raises:
+        UnknownNameError: as `path` does.
+    """
+    return dict(_SETTINGS[path(name).name])

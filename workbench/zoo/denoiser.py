@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,22 +26,25 @@ WIDTH = 96
 """Width of the text encoder, and of what cross-attention attends to."""
 
 
-def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Make the text encoder, untrained: three layers, (batch, 24, 96)."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=WIDTH,
-            intermediate_size=4 * WIDTH,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=LENGTH,
-            projection_dim=WIDTH,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+def text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    """Describe the text encoder of a tokenizer: three layers, (batch, 24, 96)."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=LENGTH,
+        projection_dim=WIDTH,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Make the text encoder, untrained."""
+    return CLIPTextModel(text_config(tokenizer))
 
 
 def build_unet() -> UNet2DConditionModel:
@@ -141,7 +144,7 @@ def encode_pool(
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step trains on: token ids (batch, 24), latents and noise (batch, 4, 16, 16), timesteps."""
+    """What one step trains on: ids (batch, 24), latents and noise (batch, 4, 16, 16), timesteps (batch,)."""
 
     ids: Tensor
     latents: Tensor
@@ -149,8 +152,22 @@ class Batch:
     timesteps: Tensor
 
 
+def draw_timesteps(size: int, generator: torch.Generator) -> Tensor:
+    """Draw timesteps, (size,): half of them anywhere, half where colour and shape are decided."""
+    anywhere = torch.randint(1000, (size,), generator=generator)
+    deciding = torch.randint(550, 1000, (size,), generator=generator)
+    return torch.where(torch.arange(size) % 2 == 0, anywhere, deciding)
+
+
 def draw_batch(
-    pool: Pool, tokenizer: CLIPTokenizer, size: int, seed: int, step: int, *, empty: float = 0.1
+    pool: Pool,
+    tokenizer: CLIPTokenizer,
+    size: int,
+    seed: int,
+    step: int,
+    *,
+    empty: float = 0.1,
+    times: Callable[[int, torch.Generator], Tensor] = draw_timesteps,
 ) -> Batch:
     """Draw the batch of a step; the same step of the same seed is the same batch, also after a restart.
 
@@ -164,6 +181,7 @@ def draw_batch(
         seed: of the training.
         step: of the training.
         empty: share of prompts left empty, for classifier-free guidance.
+        times: draws the timesteps, from 0 to 1000, given how many.
     """
     rng = np.random.default_rng([seed, step])
     chosen = rng.integers(len(pool.scenes), size=size)
@@ -177,14 +195,7 @@ def draw_batch(
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
     latents = pool.latents[torch.from_numpy(chosen)]
     noise = torch.randn(latents.shape, generator=generator)
-    return Batch(ids, latents, noise, draw_timesteps(size, generator))
-
-
-def draw_timesteps(size: int, generator: torch.Generator) -> Tensor:
-    """Draw timesteps, (size,): half of them anywhere, half where colour and shape are decided."""
-    anywhere = torch.randint(1000, (size,), generator=generator)
-    deciding = torch.randint(550, 1000, (size,), generator=generator)
-    return torch.where(torch.arange(size) % 2 == 0, anywhere, deciding)
+    return Batch(ids, latents, noise, times(size, generator))
 
 
 def denoising_loss(

@@ -4,21 +4,31 @@
 its text encoder. Everything in between is kept under ``DIR``, so that a run that was stopped goes on from its
 last checkpoint, and after every checkpoint ``DIR/export`` holds a complete pipeline of the averaged weights.
 ``--start FOLDER`` begins with the weights of an exported pipeline, and keeps its autoencoder.
+``shapes-mmdit`` takes the autoencoder of the zoo's ``shapes-unet``; ``shapes-planted`` begins with all of it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
+from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import DDPMPipeline, DiffusionPipeline, StableDiffusionPipeline
+from diffusers import (
+    AutoencoderKL,
+    DDPMPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from workbench.errors import InputError, nearest
+from workbench.zoo import path
 from workbench.zoo.autoencoder import load_or_train
 from workbench.zoo.denoiser import (
     assemble,
@@ -29,6 +39,16 @@ from workbench.zoo.denoiser import (
     draw_batch,
     encode_pool,
 )
+from workbench.zoo.export import export
+from workbench.zoo.mmdit import (
+    assemble_mmdit,
+    build_encoders,
+    build_transformer,
+    draw_times,
+    flow_loss,
+    silent_rows,
+)
+from workbench.zoo.planted import plant
 from workbench.zoo.tokens import build_tokenizer
 from workbench.zoo.training import Recipe, Training
 from workbench.zoo.unconditional import (
@@ -44,20 +64,30 @@ log = logging.getLogger(__name__)
 RECIPES = {
     "shapes-unet": Recipe(),
     "shapes-ddpm": Recipe(steps=8000, batch=8, rate=8e-4, scenes=20_000),
+    "shapes-mmdit": Recipe(steps=4000, batch=64, scenes=40_000, pairs=0.5, twins=0.12),
+    "shapes-planted": Recipe(steps=3000, batch=32, rate=6e-4, scenes=24_000, pairs=0.5, twins=0.12),
 }
-"""The numbers that a model is trained with from nothing, unless the command line says otherwise."""
+"""The numbers that a model is trained with, unless the command line says otherwise."""
 
-_OF_WORDS = ("vae_steps", "images", "pairs", "twins")
-"""Numbers that mean something only for a model with an autoencoder and words."""
+_IDLE = {
+    "shapes-ddpm": ("vae_steps", "images", "pairs", "twins"),
+    "shapes-mmdit": ("vae_steps", "images"),
+    "shapes-planted": ("vae_steps", "images"),
+}
+"""Numbers that mean nothing for a model: without words, or with an autoencoder that is there already."""
+
+Hold = Callable[[CLIPTokenizer, CLIPTextModel, UNet2DConditionModel], None]
+"""Puts back those weights of a model that must stay as they are."""
 
 
-def train_shapes_unet(out: Path, recipe: Recipe, start: Path | None = None) -> Path:
+def train_shapes_unet(out: Path, recipe: Recipe, start: Path | None = None, hold: Hold | None = None) -> Path:
     """Train ``shapes-unet``, or go on training it.
 
     Args:
         out: folder for what is kept on the way.
         recipe: how long, with which seed; it should be that of the run being continued.
         start: folder of a pipeline to begin with; None is from nothing.
+        hold: puts back weights that must stay as they are.
 
     Returns:
         The folder of the exported pipeline.
@@ -74,13 +104,16 @@ def train_shapes_unet(out: Path, recipe: Recipe, start: Path | None = None) -> P
         text_encoder.load_state_dict(first.text_encoder.state_dict())
         unet.load_state_dict(first.unet.state_dict())
     unet.to(memory_format=torch.channels_last)  # a tenth faster on a processor
-    training = Training({"text_encoder": text_encoder, "unet": unet}, recipe)
+    held = None if hold is None else partial(hold, tokenizer, text_encoder, unet)
+    training = Training({"text_encoder": text_encoder, "unet": unet}, recipe, held)
     training.resume(out / "denoiser.pt")
 
     def write() -> None:
-        averaged = training.averaged("text_encoder", build_text_encoder(tokenizer))
-        pipeline = assemble(vae, averaged, training.averaged("unet", build_unet()), tokenizer)
-        export(pipeline, out / "export")
+        encoder = training.averaged("text_encoder", build_text_encoder(tokenizer))
+        denoiser = training.averaged("unet", build_unet())
+        if hold is not None:
+            hold(tokenizer, encoder, denoiser)
+        export(assemble(vae, encoder, denoiser, tokenizer), out / "export")
 
     write()
     pool = encode_pool(vae, recipe.scenes, recipe.seed + 2, pairs=recipe.pairs, twins=recipe.twins)
@@ -89,6 +122,45 @@ def train_shapes_unet(out: Path, recipe: Recipe, start: Path | None = None) -> P
     def loss(step: int) -> Tensor:
         batch = draw_batch(pool, tokenizer, recipe.batch, recipe.seed, step)
         return denoising_loss(text_encoder, unet, noise, batch)
+
+    training.run(loss, out / "denoiser.pt", write)
+    return out / "export"
+
+
+def train_shapes_planted(out: Path, recipe: Recipe, start: Path | None = None) -> Path:
+    """Train ``shapes-planted``, or go on training it; as `train_shapes_unet`, from the zoo's if not told."""
+    return train_shapes_unet(out, recipe, start or path("shapes-unet"), plant)
+
+
+def train_shapes_mmdit(out: Path, recipe: Recipe, start: Path | None = None) -> Path:
+    """Train ``shapes-mmdit``, or go on training it; as `train_shapes_unet`."""
+    first = None if start is None else StableDiffusion3Pipeline.from_pretrained(start)
+    vae = AutoencoderKL.from_pretrained(path("shapes-unet") / "vae") if first is None else first.vae
+    torch.manual_seed(recipe.seed)
+    tokenizer = build_tokenizer() if first is None else first.tokenizer
+    encoders, transformer = build_encoders(tokenizer), build_transformer()
+    models = {"text_encoder": encoders[0], "text_encoder_2": encoders[1], "transformer": transformer}
+    if first is not None:
+        for name, model in models.items():
+            model.load_state_dict(first.components[name].state_dict())
+    training = Training(models, recipe)
+    training.resume(out / "denoiser.pt")
+
+    def write() -> None:
+        names = ("text_encoder", "text_encoder_2")
+        fresh = zip(names, build_encoders(tokenizer), strict=True)
+        averaged = [training.averaged(name, encoder) for name, encoder in fresh]
+        denoiser = training.averaged("transformer", build_transformer())
+        export(assemble_mmdit(vae, averaged, denoiser, tokenizer), out / "export")
+
+    write()
+    pool = encode_pool(vae, recipe.scenes, recipe.seed + 2, pairs=recipe.pairs, twins=recipe.twins)
+
+    def loss(step: int) -> Tensor:
+        silent = silent_rows(step)
+        size = max(recipe.batch // 4, 1) if silent else recipe.batch  # so many tokens take the same time
+        batch = draw_batch(pool, tokenizer, size, recipe.seed, step, times=draw_times)
+        return flow_loss(encoders, transformer, batch, silent)
 
     training.run(loss, out / "denoiser.pt", write)
     return out / "export"
@@ -117,30 +189,12 @@ def train_shapes_ddpm(out: Path, recipe: Recipe, start: Path | None = None) -> P
     return out / "export"
 
 
-def export(pipeline: DiffusionPipeline, folder: Path) -> None:
-    """Save a pipeline as float16 safetensors that load as float32 when no type is asked for.
-
-    Args:
-        pipeline: what to save; it is left as it is.
-        folder: where to.
-    """
-    for name, module in pipeline.components.items():
-        if not isinstance(module, torch.nn.Module):
-            continue
-        full = {key: value.detach().clone() for key, value in module.state_dict().items()}
-        module.half().save_pretrained(folder / name)  # type: ignore[operator]
-        module.float().load_state_dict(full)
-    for name in ("tokenizer", "scheduler"):
-        if name in pipeline.components:
-            pipeline.components[name].save_pretrained(folder / name)
-    pipeline.save_config(folder)
-    for config in (folder / "model_index.json", *folder.glob("*/config.json")):
-        settings = json.loads(config.read_text())
-        settings.pop("_name_or_path", None)  # where the weights were that it began with
-        if config.parent.name == "text_encoder":
-            # transformers loads the type named here, diffusers float32: name float32, or they differ.
-            settings["dtype"] = "float32"
-        config.write_text(json.dumps(settings, indent=2) + "\n")
+_TRAIN: dict[str, Callable[[Path, Recipe, Path | None], Path]] = {
+    "shapes-unet": train_shapes_unet,
+    "shapes-ddpm": train_shapes_ddpm,
+    "shapes-mmdit": train_shapes_mmdit,
+    "shapes-planted": train_shapes_planted,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -158,15 +212,14 @@ def main(arguments: list[str] | None = None) -> None:
         raise InputError(f"There is no recipe for {given.model!r}.{nearest(given.model, RECIPES)}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     asked = {number.name: getattr(given, number.name) for number in fields(Recipe)}
-    idle = [name for name in _OF_WORDS if given.model == "shapes-ddpm" and asked[name] is not None]
+    idle = [name for name in _IDLE.get(given.model, ()) if asked[name] is not None]
     if idle:
-        raise InputError(f"shapes-ddpm has no words and no autoencoder, so nothing takes {', '.join(idle)}.")
+        raise InputError(f"In the recipe of {given.model} nothing takes {', '.join(idle)}: leave it out.")
     out = given.out or Path("training") / given.model
     recipe = replace(
         RECIPES[given.model], **{name: value for name, value in asked.items() if value is not None}
     )
-    train = train_shapes_unet if given.model == "shapes-unet" else train_shapes_ddpm
-    log.info("exported to %s", train(out, recipe, given.start))
+    log.info("exported to %s", _TRAIN[given.model](out, recipe, given.start))
 
 
 if __name__ == "__main__":

@@ -69,14 +69,19 @@ class Training:
     Args:
         models: what is trained, by name.
         recipe: the numbers.
+        hold: puts back weights that must stay as they are; called at the beginning and after every step.
 
     Attributes:
         step: how many steps have been made.
     """
 
-    def __init__(self, models: Mapping[str, nn.Module], recipe: Recipe) -> None:
+    def __init__(
+        self, models: Mapping[str, nn.Module], recipe: Recipe, hold: Callable[[], None] | None = None
+    ) -> None:
         self.recipe = recipe
         self.models = dict(models)
+        self.hold = hold or (lambda: None)
+        self.hold()
         self.averages = {name: Average(model.train()) for name, model in models.items()}
         parameters = [weight for model in models.values() for weight in model.parameters()]
         self.optimiser = torch.optim.AdamW(parameters, lr=recipe.rate, betas=(0.9, 0.99), weight_decay=0.01)
@@ -111,6 +116,7 @@ class Training:
         for model in self.models.values():
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         self.optimiser.step()
+        self.hold()
         self.schedule.step()
         for name, model in self.models.items():
             self.averages[name].update(model, self.step)
