@@ -66,9 +66,10 @@ class Experiment(BaseModel):
     Attributes:
         format: the version of this format.
         model: a zoo name, a folder or a Hub id.
-        source: the prompt whose run the activations come from.
-        target: the prompt whose run they go into.
+        source: the prompt whose run the activations come from; None where the model takes no prompt.
+        target: the prompt whose run they go into; None likewise.
         seed: noise seed of both.
+        source_seed: noise seed of the source, if it has its own; runs without words differ by it alone.
         num_inference_steps: steps of both; None is the pipeline's own default.
         guidance_scale: guidance of both; None is the pipeline's own default.
         arguments: further pipeline arguments of both.
@@ -82,9 +83,10 @@ class Experiment(BaseModel):
 
     format: Literal[1] = 1
     model: str = ""
-    source: str
-    target: str
+    source: str | None = None
+    target: str | None = None
     seed: int = 0
+    source_seed: int | None = None
     num_inference_steps: int | None = Field(default=None, ge=1)
     guidance_scale: float | None = Field(default=None, allow_inf_nan=False)
     arguments: dict[str, JsonValue] = Field(default_factory=dict)
@@ -97,6 +99,15 @@ class Experiment(BaseModel):
             raise ValueError(
                 f"source_from={self.source_from}: the runs have {self.num_inference_steps} steps, counted "
                 "from 0, so the source would never leave the target's run"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_noise(self) -> Self:
+        if self.source_from and self.source_seed not in (None, self.seed):
+            raise ValueError(
+                f"source_seed={self.source_seed}: a source that leaves the target's run at step "
+                f"{self.source_from} has that run's noise; leave one of the two out"
             )
         return self
 
@@ -122,6 +133,13 @@ class Experiment(BaseModel):
         """Return the pipeline arguments that both runs share."""
         shared = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
         return {**{name: value for name, value in shared.items() if value is not None}, **self.arguments}
+
+    @property
+    def labels(self) -> tuple[str, str]:
+        """What tells the source from the target: their prompts, and their seeds where these differ."""
+        seeds = self.seed if self.source_seed is None else self.source_seed, self.seed
+        apart = seeds[0] != seeds[1]
+        return (_label(self.source, seeds[0], apart), _label(self.target, seeds[1], apart))
 
     def captures(self) -> tuple[str, ...]:
         """Return the sites the source's run must keep."""
@@ -208,7 +226,8 @@ class Experiment(BaseModel):
                     "from 0, so the source would never leave the target's run."
                 )
             return target.fork(self.source_from, prompt=self.source, capture=capture, listener=listener)
-        settings = {**self.settings(), "seed": self.seed, "listener": listener}
+        seed = self.seed if self.source_seed is None else self.source_seed
+        settings = {**self.settings(), "seed": seed, "listener": listener}
         return model.record(self.source, capture=capture, **settings)
 
     def patch(self, source: Record, target: Record, *, listener: Listener | None = None) -> Record | None:
@@ -234,9 +253,18 @@ class Outcome:
 
 
 def defaults(model: DiffusionModel) -> dict[str, Any]:
-    """Return the steps and guidance a model is at its best with: the zoo's, or the pipeline's own."""
+    """Return the steps and guidance a model is at its best with: the zoo's, or the pipeline's own.
+
+    What it takes without a default is None.
+    """
     if model.reference in zoo.models():
         return zoo.settings(model.reference)
     parameters = inspect.signature(model.pipeline).parameters
     names = ("num_inference_steps", "guidance_scale")
-    return {name: parameters[name].default for name in names if name in parameters}
+    own = {name: parameters[name].default for name in names if name in parameters}
+    return {name: None if value is inspect.Parameter.empty else value for name, value in own.items()}
+
+
+def _label(prompt: str | None, seed: int, told: bool) -> str:
+    words = [] if prompt is None else [prompt]
+    return " · ".join([*words, f"seed {seed}"] if told or not words else words)

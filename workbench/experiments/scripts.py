@@ -7,45 +7,55 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from workbench import zoo
 from workbench.errors import InputError
 from workbench.experiments.experiment import Experiment, PatchSpec
+from workbench.models.loop import Loop
+from workbench.models.model import DiffusionModel
 from workbench.tracing.ledger import ALL, Row
 from workbench.tracing.record import Record
 from workbench.tracing.sites import Site
 from workbench.tracing.structure import Leaf, leaves
 
 
-def workbench_code(experiment: Experiment) -> str:
+def workbench_code(experiment: Experiment, model: DiffusionModel | None = None) -> str:
     """Return the experiment as Python against the workbench.
 
-    A model made in memory has no name to open it by; the code then takes it from ``pipeline``.
+    A model made in memory has no name to open it by; the code then takes it from ``pipeline``, and a loop
+    from the function of its name and its ``components``.
+
+    Args:
+        experiment: what to write.
+        model: the model it is of, if that is open.
     """
-    opened = repr(experiment.model) if experiment.model else "pipeline"
     settings = {**experiment.settings(), "seed": experiment.seed}
     capture = [f"capture={list(experiment.captures())!r}"] if experiment.patches else []
-    prompts = repr(experiment.source), repr(experiment.target)
+    prompts = [[] if prompt is None else [repr(prompt)] for prompt in (experiment.source, experiment.target)]
+    own = experiment.source_seed
+    noise = "**settings" if own is None else f"**{{**settings, 'seed': {own}}}"
     leaving = experiment.source_from
-    target = _call("target = model.record", [prompts[1], "**settings"])
+    target = _call("target = model.record", [*prompts[1], "**settings"])
     lines = [
         "import workbench as wb",
         "",
-        f"model = wb.DiffusionModel({opened})",
+        *_opening(experiment, model),
         "settings = {",
         *(f"    {name!r}: {value!r}," for name, value in settings.items()),
         "}",
     ]
     if leaving:
-        lines += [*target, *_call("source = target.fork", [repr(leaving), f"prompt={prompts[0]}", *capture])]
+        prompt = [f"prompt={each}" for each in prompts[0]]
+        lines += [*target, *_call("source = target.fork", [repr(leaving), *prompt, *capture])]
     else:
-        lines += _call("source = model.record", [prompts[0], *capture, "**settings"])
+        lines += _call("source = model.record", [*prompts[0], *capture, noise])
     if experiment.patches:
         lines += [
             *(["patched = target.fork(", f"    {leaving},"] if leaving else ["patched = model.record("]),
-            *([] if leaving else [f"    {prompts[1]},"]),
+            *([] if leaving else [f"    {each}," for each in prompts[1]]),
             "    interventions=[",
             *(line for patch in experiment.patches for line in _patch_lines(patch, leaving)),
             "    ],",
@@ -56,6 +66,15 @@ def workbench_code(experiment: Experiment) -> str:
     else:
         lines += [*([] if leaving else target), "target.images[0]"]
     return "\n".join(lines) + "\n"
+
+
+def _opening(experiment: Experiment, model: DiffusionModel | None) -> list[str]:
+    loop = None if model is None else model.pipeline
+    if not isinstance(loop, Loop):
+        return [f"model = wb.DiffusionModel({repr(experiment.model) if experiment.model else 'pipeline'})"]
+    asked = {"samples": loop.samples, "branches": loop.branches}
+    further = [f"{name}={value!r}" for name, value in asked.items() if value is not None]
+    return _call("model = wb.trace_loop", [loop.__name__, "components=components", *further])
 
 
 def _call(function: str, arguments: Sequence[str]) -> list[str]:
@@ -109,7 +128,8 @@ def _model_code(experiment: Experiment) -> str:
     if not experiment.model:
         raise InputError(
             "This model was made in memory, so a script could not open it. Save it with "
-            "model.pipeline.save_pretrained(folder) and open that folder."
+            "model.save_pretrained(folder) and open that folder. A loop of your own fits a script on the "
+            "workbench: format='workbench'."
         )
     if experiment.model in zoo.models():
         return repr(str(zoo.path(experiment.model)))
@@ -120,10 +140,9 @@ def _model_code(experiment: Experiment) -> str:
 def _constants(experiment: Experiment, source: Record, target: Record) -> str:
     lines = [
         f"MODEL = {_model_code(experiment)}",
-        f"SOURCE = {experiment.source!r}",
-        f"TARGET = {experiment.target!r}",
+        f"SOURCE = {_run_of(experiment.source, experiment.source_seed, experiment.seed)!r}",
+        f"TARGET = {_run_of(experiment.target, None, experiment.seed)!r}",
         f"SETTINGS = {experiment.settings()!r}",
-        f"SEED = {experiment.seed!r}",
         f"THREADS = {torch.get_num_threads()}  # as in the run: on a CPU the last bits depend on it",
     ]
     patches = experiment.acting(target.ledger.steps)
@@ -139,6 +158,11 @@ def _constants(experiment: Experiment, source: Record, target: Record) -> str:
             *(_shared_lines(experiment, source, target) if experiment.source_from else []),
         ]
     return "\n".join(lines)
+
+
+def _run_of(prompt: str | None, own_seed: int | None, seed: int) -> dict[str, Any]:
+    words = {} if prompt is None else {"prompt": prompt}
+    return {**words, "seed": seed if own_seed is None else own_seed}
 
 
 def _shared_lines(experiment: Experiment, source: Record, target: Record) -> list[str]:
@@ -211,7 +235,7 @@ def _leaf(site: Site, source: Record) -> Leaf:
 
 
 _HEAD = '''
-"""An activation patch between two prompts, exported by Diffusion Workbench.
+"""An activation patch between two runs, exported by Diffusion Workbench.
 
 Needs diffusers and torch alone. Run it: python SCRIPT [--model FOLDER_OR_HUB_ID] [--out IMAGE.png]
 """
@@ -232,17 +256,17 @@ torch.set_num_threads(THREADS)
 pipeline = DiffusionPipeline.from_pretrained(options.model)
 
 
-def generate(prompt):
+def generate(seed, **words):
     """Run the pipeline with the experiment's settings and noise."""
-    generator = torch.Generator("cpu").manual_seed(SEED)
-    return pipeline(prompt, generator=generator, **SETTINGS).images[0]
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return pipeline(**words, generator=generator, **SETTINGS).images[0]
 '''
 
 _PLAIN = (
     _OPEN
     + """
 
-generate(TARGET).save(options.out)
+generate(**TARGET).save(options.out)
 """
 )
 
@@ -301,8 +325,8 @@ def hook(module, port, seen):
     return module.register_forward_pre_hook(first, with_kwargs=True)
 
 
-def run(prompt, keeps=(), puts=()):
-    """Generate a prompt; keep what the patches in ``keeps`` need, put what those in ``puts`` say."""
+def run(which, keeps=(), puts=()):
+    """Generate one of the two; keep what the patches in ``keeps`` need, put what those in ``puts`` say."""
     calls = Calls()
     hooks = []
     for name in DENOISERS:
@@ -320,7 +344,7 @@ def run(prompt, keeps=(), puts=()):
     for name in DENOISERS:
         hooks.append(getattr(pipeline, name).register_forward_hook(calls.leave))
     try:
-        return generate(prompt)
+        return generate(**which)
     finally:
         for each in hooks:
             each.remove()

@@ -1,15 +1,16 @@
-"""From latents to pictures, by the pipeline's own autoencoder."""
+"""From latents to pictures, by the pipeline's own autoencoder where it has one."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
+from workbench.errors import UnknownNameError
 from workbench.models.model import DiffusionModel
 from workbench.tracing.record import Record
 
@@ -45,24 +46,33 @@ class Decoder:
 
         Args:
             latents: as the scheduler has them, ``(batch, channels, rows, columns)`` or packed
-                ``(batch, tokens, channels)``.
+                ``(batch, tokens, channels)``; without an autoencoder they are the picture itself, from -1
+                to 1.
             size: ``(width, height)`` of the picture.
 
         Returns:
             One picture a row.
         """
         began = time.perf_counter()
-        pipeline = self._model.pipeline
+        processor = getattr(self._model.pipeline, "image_processor", None) or VaeImageProcessor()
         with torch.no_grad():
-            ready = self.unpack(latents, size).to(pipeline.vae.device, pipeline.vae.dtype)
-            config = pipeline.vae.config
-            ready = ready / getattr(config, "scaling_factor", 1.0) + (
-                getattr(config, "shift_factor", None) or 0.0
-            )
-            pixels = pipeline.vae.decode(ready, return_dict=False)[0]
-            pictures = pipeline.image_processor.postprocess(pixels, output_type="pil")
+            pixels = self._pixels(self.unpack(latents, size))
+            pictures = processor.postprocess(pixels, output_type="pil")
         self.seconds = (time.perf_counter() - began) / max(len(pictures), 1)
         return list(pictures)
+
+    def _pixels(self, latents: torch.Tensor) -> torch.Tensor:
+        """Return ``(batch, 3, height, width)``, from -1 to 1."""
+        vae = self._model.components.get("vae")
+        if vae is None:
+            if latents.ndim != 4 or latents.shape[1] not in (1, 3):
+                raise ValueError(f"No picture has the shape {tuple(latents.shape)}.")
+            return latents.detach().float().cpu()
+        ready = latents.to(vae.device, vae.dtype) / getattr(vae.config, "scaling_factor", 1.0)
+        pixels: torch.Tensor = vae.decode(
+            ready + (getattr(vae.config, "shift_factor", None) or 0.0), return_dict=False
+        )[0]
+        return pixels
 
     def unpack(self, latents: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """Return latents as ``(batch, channels, rows, columns)``, packed ones unpacked."""
@@ -140,5 +150,8 @@ def predicted(decoder: Decoder, record: Record, budget: float) -> tuple[Sequence
 
 def is_image_run(record: Record) -> bool:
     """Whether the run returned pictures."""
-    output: Any = record.output
-    return output is not None and "images" in output and isinstance(output["images"][0], Image.Image)
+    try:
+        pictures = record.images
+    except UnknownNameError:
+        return False
+    return isinstance(pictures, (list, tuple)) and bool(pictures) and isinstance(pictures[0], Image.Image)

@@ -56,8 +56,9 @@ class Loop:
         self.samples = samples
         self.branches = None if branches is None else tuple(branches)
         self._function = function
-        # Looked at, as that of a pipeline is, to know which arguments there are.
+        # Looked at, as those of a pipeline are: which arguments there are, and what to call it.
         self.__signature__ = inspect.signature(function)
+        self.__name__ = getattr(function, "__name__", type(function).__name__)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the loop."""

@@ -42,9 +42,12 @@ class Workbench:
 
     Args:
         model: an open `DiffusionModel`, or anything that one opens.
-        source: the prompt whose activations are taken.
-        target: the prompt whose run they are put into.
+        source: the prompt whose activations are taken; None is "a red circle", or no prompt where the model
+            takes none.
+        target: the prompt whose run they are put into; None is "a blue circle", likewise.
         seed: noise seed of both runs.
+        source_seed: the source's own noise seed. None is ``seed``, and the next one where the model takes no
+            prompt, so that there are two runs to compare.
         steps: steps of both runs; None is the pipeline's own default.
         guidance: guidance scale of both; None is the pipeline's own default.
         source_from: the step at which the source leaves the target's run, so that both images have one
@@ -56,9 +59,10 @@ class Workbench:
         self,
         model: Any = "shapes-unet",
         *,
-        source: str = "a red circle",
-        target: str = "a blue circle",
+        source: str | None = None,
+        target: str | None = None,
         seed: int = 0,
+        source_seed: int | None = None,
         steps: int | None = None,
         guidance: float | None = None,
         source_from: int = 0,
@@ -70,26 +74,16 @@ class Workbench:
         self._worker = Worker("workbench")
         self._pair: Pair | None = None
         self._cell: Cell | None = None
-        own = defaults(self.model)
-        guidance = own.get("guidance_scale") if guidance is None else guidance
         self.controls = RunControls(
-            model_name=self.model.reference or type(self.model.pipeline).__name__,
-            scheduler=type(getattr(self.model.pipeline, "scheduler", None)).__name__.removesuffix(
-                "Scheduler"
-            ),
-            source=source,
-            target=target,
-            seed=seed,
-            steps=own.get("num_inference_steps") or 20 if steps is None else steps,
-            guidance=float(guidance or 0.0),
+            **_about(self.model, source, target),
+            **_numbers(self.model, seed, source_seed, steps, guidance),
             source_from=source_from,
-            can_guide="guidance_scale" in own,
         )
         self.tree = component_tree(self.model)
         self.scrubber = StepScrubber()
         self.map = PatchMapView(window="half")
         self.images = ImageStrip()
-        self.code = CodeView(formats=list(FORMATS), code=workbench_code(self.experiment))
+        self.code = CodeView(formats=list(FORMATS), code=workbench_code(self.experiment, self.model))
         self._screen = Screen(
             self._stage, self.controls, self.tree, self.scrubber, self.map, self.images, self.code
         )
@@ -132,8 +126,9 @@ class Workbench:
         if self._worker.busy:
             raise BusyError("A run is going on. Stop it first, or wait: bench.stop()")
         experiment = self._asked()
-        checks.check(self.model.pipeline, {"prompt": experiment.source, **experiment.settings()})
-        checks.check(self.model.pipeline, {"prompt": experiment.target, **experiment.settings()})
+        for prompt in (experiment.source, experiment.target):
+            words = {} if prompt is None else {"prompt": prompt}
+            checks.check(self.model.pipeline, {**words, **experiment.settings()})
         self._worker.stop()
         self._screen.say("running", forget=True)
         return self._submit("run", lambda job: self._run_pair(job, experiment))
@@ -211,7 +206,7 @@ class Workbench:
 
     def _script(self, format: str) -> str:
         if format == "workbench":
-            return workbench_code(self.experiment)
+            return workbench_code(self.experiment, self.model)
         pair = self._need_pair()
         return standalone_code(self.experiment, pair.source, pair.target)
 
@@ -242,7 +237,7 @@ class Workbench:
         self.map.on("stop", lambda _: self.stop())
         self.map.on("window", self._guarded(lambda asked: self.set_window(asked.value)))
         self.code.on("export", self._guarded(lambda asked: self._export_clicked(asked.format)))
-        for name in ("source", "target", "seed", "steps", "guidance", "source_from"):
+        for name in ("source", "target", "seed", "steps", "guidance", "source_from", "source_seed"):
             self.controls.observe(lambda _: self._settings_changed(), name)
 
     def _guarded(self, act: Callable[[Any], Any]) -> Callable[[Any], None]:
@@ -356,10 +351,11 @@ class Workbench:
         try:
             return Experiment(
                 model=self.model.reference,
-                source=controls.source,
-                target=controls.target,
+                source=controls.source if controls.can_prompt else None,
+                target=controls.target if controls.can_prompt else None,
                 seed=controls.seed,
-                num_inference_steps=controls.steps,
+                source_seed=controls.source_seed,
+                num_inference_steps=controls.steps if controls.can_step else None,
                 guidance_scale=controls.guidance if controls.can_guide else None,
                 arguments=self._arguments,
                 source_from=controls.source_from,
@@ -374,6 +370,54 @@ class Workbench:
         if self._pair is None:
             raise InputError("There are no runs yet to patch between. Run first: bench.run()")
         return self._pair
+
+
+def _about(model: DiffusionModel, source: str | None, target: str | None) -> dict[str, Any]:
+    """Return what the controls show of a model: its name, and the prompts if it takes any."""
+    can_prompt = checks.takes(model.pipeline, "prompt")
+    given = [prompt for prompt in (source, target) if prompt is not None]
+    if given and not can_prompt:
+        raise InputError(
+            f"{_name(model)} takes no prompt, so {given[0]!r} means nothing to it. Compare two noises: "
+            "Workbench(model, seed=0, source_seed=1)."
+        )
+    return {
+        "model_name": model.reference or _name(model),
+        "scheduler": ", ".join(
+            type(each).__name__.removesuffix("Scheduler") for each in model.schedulers.values()
+        ),
+        "source": ("a red circle" if source is None else source) if can_prompt else "",
+        "target": ("a blue circle" if target is None else target) if can_prompt else "",
+        "can_prompt": can_prompt,
+    }
+
+
+def _name(model: DiffusionModel) -> str:
+    """Return the name of a pipeline's class, or of a loop's function."""
+    return str(getattr(model.pipeline, "__name__", type(model.pipeline).__name__))
+
+
+def _numbers(
+    model: DiffusionModel, seed: int, source_seed: int | None, steps: int | None, guidance: float | None
+) -> dict[str, Any]:
+    """Return the numbers that the controls begin with, the model's own where none are given."""
+    own = defaults(model)
+    for ours, name, given in (
+        ("steps", "num_inference_steps", steps),
+        ("guidance", "guidance_scale", guidance),
+    ):
+        if given is not None and name not in own:
+            raise InputError(f"{_name(model)} takes no {name}, so {ours}={given!r} would do nothing.")
+    guidance = own.get("guidance_scale") if guidance is None else guidance
+    apart = None if checks.takes(model.pipeline, "prompt") else seed + 1
+    return {
+        "seed": seed,
+        "source_seed": apart if source_seed is None else source_seed,
+        "steps": own.get("num_inference_steps") or 20 if steps is None else steps,
+        "guidance": float(guidance or 0.0),
+        "can_guide": "guidance_scale" in own,
+        "can_step": "num_inference_steps" in own,
+    }
 
 
 def _free_path(ending: str) -> Path:

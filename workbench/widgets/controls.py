@@ -43,7 +43,10 @@ class RunControls(Element):
         steps: number of inference steps.
         guidance: guidance scale.
         source_from: the step at which the source leaves the target's run; 0 is a run of its own.
+        source_seed: seed of the source's noise, shown if it has its own; None is ``seed``.
+        can_prompt: whether the pipeline takes a prompt; without one, runs differ by their seeds.
         can_guide: whether the pipeline takes a guidance scale.
+        can_step: whether it takes a number of steps.
         status: ``idle``, ``running``, ``stopping``, ``error`` or ``done``.
         progress: ``{label, step, of, rate, left}``: steps a second and seconds left, or ``None``.
         preview: PNG of what the model expects the image to be.
@@ -53,7 +56,7 @@ class RunControls(Element):
     _bundle: ClassVar[str] = "controls"
     _messages: ClassVar = {"run": Run, "stop": Stop, "dismiss": Dismiss}
     _editable: ClassVar[frozenset[str]] = frozenset(
-        {"source", "target", "seed", "steps", "guidance", "source_from"}
+        {"source", "target", "seed", "steps", "guidance", "source_from", "source_seed"}
     )
 
     model_name = t.Unicode("").tag(sync=True)
@@ -64,15 +67,18 @@ class RunControls(Element):
     steps = t.Int(20, min=1, max=1000).tag(sync=True)
     guidance = t.Float(4.0, min=0.0, max=100.0).tag(sync=True)
     source_from = t.Int(0, min=0, max=999).tag(sync=True)
+    source_seed = t.Int(None, allow_none=True, min=0, max=_LARGEST_SEED).tag(sync=True)
+    can_prompt = t.Bool(True).tag(sync=True)
     can_guide = t.Bool(True).tag(sync=True)
+    can_step = t.Bool(True).tag(sync=True)
     status = t.Enum(["idle", "running", "stopping", "error", "done"], "idle").tag(sync=True)
     progress = t.Dict().tag(sync=True)
     preview = t.Bytes(b"").tag(sync=True)
     error = t.Dict().tag(sync=True)
 
     def __repr__(self) -> str:
-        prompts = f"source={self.source!r}, target={self.target!r}"
-        return f"RunControls({prompts}, seed={self.seed}, steps={self.steps})"
+        prompts = f"source={self.source!r}, target={self.target!r}, " if self.can_prompt else ""
+        return f"RunControls({prompts}seed={self.seed}, steps={self.steps})"
 
     def fallback_html(self) -> str:
         """The settings as a table."""
@@ -80,11 +86,12 @@ class RunControls(Element):
             [
                 ("model", self.model_name),
                 ("scheduler", self.scheduler),
-                ("source", self.source),
-                ("source from step", self.source_from),
-                ("target", self.target),
+                *([("source", self.source)] if self.can_prompt else []),
+                *([("source from step", self.source_from)] if self.can_prompt else []),
+                *([] if self.source_seed is None else [("source seed", self.source_seed)]),
+                *([("target", self.target)] if self.can_prompt else []),
                 ("seed", self.seed),
-                ("steps", self.steps),
+                ("steps", self.steps if self.can_step else "its own"),
                 ("guidance", self.guidance if self.can_guide else "none"),
             ]
         )

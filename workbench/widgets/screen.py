@@ -77,8 +77,7 @@ class Screen:
             self.map.metric = "towards source"
             self.map.limit = 1.0
             self.map.signed = True
-            self.map.source_label = pair.experiment.source
-            self.map.target_label = pair.experiment.target
+            self.map.source_label, self.map.target_label = pair.experiment.labels
             self.map.noise_floor = None if pair.floor is None else abs(pair.floor[0])
 
     def draw_images(self, pair: Pair, cell: Cell | None) -> None:
@@ -98,7 +97,7 @@ class Screen:
 
     def draw_code(self, experiment: Experiment) -> None:
         """Show the code of what is on screen."""
-        self.code.code = workbench_code(experiment)
+        self.code.code = workbench_code(experiment, self.stage.model)
 
     def draw_partial(self, record: Record) -> None:
         """Show how far a stopped run came."""
@@ -116,7 +115,7 @@ class Screen:
         def watch(job: Job, tick: Tick, _: torch.Tensor) -> None:
             if job.label not in ("source", "target"):
                 return
-            total = self.controls.steps
+            total = self.controls.steps if self.controls.can_step else 0
             done = tick.step + 1
             pace.see(done)
             self.controls.progress = {
@@ -124,7 +123,7 @@ class Screen:
                 "step": done,
                 "of": total,
                 "rate": pace.rate,
-                "left": (total - done) / pace.rate if pace.rate else None,
+                "left": (total - done) / pace.rate if pace.rate and total else None,
             }
             self._preview(tick, size())
 

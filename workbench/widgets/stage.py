@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import psutil
@@ -11,13 +12,13 @@ import torch
 from PIL import Image
 
 from workbench import zoo
-from workbench.attention.capture import Attention
-from workbench.errors import GuardError
+from workbench.attention.request import Attention
+from workbench.errors import GuardError, InputError
 from workbench.experiments.experiment import Experiment
 from workbench.experiments.metrics import difference, towards
 from workbench.experiments.patchmap import PatchMap
 from workbench.models.asked import Captured
-from workbench.models.decoding import Decoder
+from workbench.models.decoding import Decoder, is_image_run
 from workbench.models.model import DiffusionModel
 from workbench.models.outline import patch_sites
 from workbench.models.shapes import Shapes
@@ -67,6 +68,11 @@ class Stage:
         target = self._with_attention(
             lambda capture: experiment.run_target(self.model, capture=(*capture, seen), listener=listener)
         )
+        if not is_image_run(target):
+            raise InputError(
+                f"The app compares pictures, and this run returned {type(target.output).__name__}. A loop of "
+                "your own returns a PIL image, or a list of them."
+            )
         self.model.shapes = seen.text()
         sites = patch_sites(self.model.denoisers, seen)
         needed = sum(seen.bytes[site.path] for site in sites) * len(target.ledger)
@@ -83,9 +89,9 @@ class Stage:
     def measure_floor(self, pair: Pair, listener: Listener) -> tuple[float, float]:
         """Return what one other seed does to the measures, with no patch at all."""
         settings = pair.experiment.settings()
-        other = self.model.record(
-            pair.experiment.target, seed=pair.experiment.seed + 1, listener=listener, **settings
-        )
+        taken = {pair.experiment.seed, pair.experiment.source_seed}
+        seed = next(n for n in count(pair.experiment.seed + 1) if n not in taken)
+        other = self.model.record(pair.experiment.target, seed=seed, listener=listener, **settings)
         image, target, source = other.images[0], pair.target.images[0], pair.source.images[0]
         return towards(image, target, source), difference(image, target)
 

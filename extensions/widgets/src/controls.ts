@@ -17,7 +17,10 @@ interface State extends ElementState {
   steps: number;
   guidance: number;
   source_from: number;
+  source_seed: number | null;
+  can_prompt: boolean;
   can_guide: boolean;
+  can_step: boolean;
   status: "idle" | "running" | "stopping" | "error" | "done";
   progress: { label?: string; step?: number; of?: number; rate?: number | null; left?: number | null };
   preview: Bytes;
@@ -44,7 +47,9 @@ class RunControls {
   private readonly dice = iconButton("dice", "Another seed", () => this.put("seed", Math.floor(Math.random() * SEEDS)));
   private readonly numbers = (["seed", "steps", "guidance"] as const).map((name) => this.numberField(name));
   private readonly leaving = this.numberField("source_from");
-  private readonly fields = [...this.numbers, this.leaving];
+  private readonly sourceSeed = this.numberField("source_seed");
+  private readonly fields = [...this.numbers, this.leaving, this.sourceSeed];
+  private readonly head = h("div", { class: "controls-numbers" }, ...this.numbers.map((field) => field.element));
   private readonly prompts = [
     new PromptField("source", "What the activation comes from", (text) => this.put("source", text)),
     new PromptField("target", "What it is put into", (text) => this.put("target", text)),
@@ -58,7 +63,8 @@ class RunControls {
     this.numbers[0]!.element.append(this.dice);
     this.leaving.element.title =
       "0: the source runs on its own. A later step: it leaves the target's run there, so that both images have one layout.";
-    this.prompts[0].element.append(this.leaving.element);
+    this.sourceSeed.element.title = "The source has its own noise";
+    this.prompts[0].element.append(this.sourceSeed.element, this.leaving.element);
     this.build();
     this.follow();
     if (panel.saved) this.freeze();
@@ -84,8 +90,7 @@ class RunControls {
   private build(): void {
     const head = h("header", { class: "wb-head controls-head" },
       h("div", { class: "controls-name" }, this.name, this.scheduler),
-      h("div", { class: "controls-numbers" }, ...this.numbers.map((field) => field.element)),
-      this.complaint, h("div", { class: "wb-end" }, this.state, this.run, this.stop));
+      this.head, this.complaint, h("div", { class: "wb-end" }, this.state, this.run, this.stop));
     const preview = h("div", { class: "controls-preview wb-void", role: "img", "aria-label": "Live preview" }, this.canvas);
     const prompts = h("div", { class: "controls-prompts" }, ...this.prompts.map((field) => field.element));
     this.panel.root.append(head, this.track, h("div", { class: "controls-body" }, preview, prompts), this.error.element);
@@ -94,6 +99,7 @@ class RunControls {
   private follow(): void {
     const { panel, model } = this;
     for (const field of this.fields) panel.watch([field.name], () => field.show(model.get(field.name)));
+    panel.watch(["can_prompt", "source_seed"], () => this.showKind());
     panel.watch(["source"], () => this.prompts[0].show(model.get("source")));
     panel.watch(["target"], () => this.prompts[1].show(model.get("target")));
     panel.watch(["model_name", "scheduler"], () => {
@@ -101,7 +107,7 @@ class RunControls {
       setText(this.scheduler, model.get("scheduler"));
       this.name.title = model.get("model_name");
     });
-    panel.watch(["status", "can_guide"], () => this.showStatus());
+    panel.watch(["status", "can_guide", "can_step"], () => this.showStatus());
     panel.watch(["progress"], () => this.showProgress());
     panel.watch(["error"], () => this.error.show(model.get("error")?.title ?? "", model.get("error")?.text ?? ""));
     panel.watch(["preview"], () => void this.showPreview());
@@ -112,6 +118,17 @@ class RunControls {
     for (const field of this.fields) field.input.readOnly = true;
     for (const field of this.prompts) field.area.readOnly = true;
     this.dice.disabled = true;
+  }
+
+  /** Runs differ by their prompts, or by their seeds where the model takes no prompt. */
+  private showKind(): void {
+    const worded = this.model.get("can_prompt");
+    for (const field of this.prompts) field.area.hidden = !worded;
+    this.leaving.element.hidden = !worded;
+    this.sourceSeed.element.hidden = this.model.get("source_seed") === null;
+    const seed = this.numbers[0]!.element;
+    if (worded) this.head.prepend(seed);
+    else this.prompts[1].element.append(seed);
   }
 
   private put<K extends keyof State & string>(key: K, value: State[K]): void {
@@ -139,9 +156,9 @@ class RunControls {
     this.stop.disabled = stopping;
     setText(this.stopWord, stopping ? "Stopping" : "Stop");
     setText(this.complaint, refused);
-    const guidance = this.numbers[2]!.input;
-    guidance.disabled = !this.model.get("can_guide");
-    guidance.title = guidance.disabled ? "This pipeline has no guidance" : "";
+    const [, steps, guidance] = this.numbers;
+    steps!.allow(this.model.get("can_step"), "Its own number of steps");
+    guidance!.allow(this.model.get("can_guide"), "This pipeline has no guidance");
     this.showProgress();
   }
 

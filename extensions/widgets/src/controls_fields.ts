@@ -2,7 +2,7 @@
 
 import { h, setText, uniqueId } from "./lib/dom";
 
-export type NumberName = "seed" | "steps" | "guidance" | "source_from";
+export type NumberName = "seed" | "steps" | "guidance" | "source_from" | "source_seed";
 
 export interface NumberRule {
   label: string;
@@ -17,6 +17,7 @@ export const RULES: Record<NumberName, NumberRule> = {
   seed: { label: "Seed", least: 0, most: Number.MAX_SAFE_INTEGER, whole: true, width: "96px" },
   steps: { label: "Steps", least: 1, most: 1000, whole: true, width: "56px" },
   guidance: { label: "Guidance", least: 0, most: 100, whole: false, width: "56px" },
+  source_seed: { label: "Seed", least: 0, most: Number.MAX_SAFE_INTEGER, whole: true, width: "96px" },
   source_from: { label: "from step", least: 0, most: 999, whole: true, width: "44px" },
 };
 
@@ -47,10 +48,17 @@ export class NumberField {
   }
 
   /** Shows the model's value, unless the reader is typing that very number. */
-  show(value: number): void {
+  show(value: number | null): void {
+    if (value === null) return;
     if (document.activeElement === this.input && Number(this.input.value) === value) return;
     this.input.value = !RULES[this.name].whole && Number.isInteger(value) ? value.toFixed(1) : String(value);
     this.accept();
+  }
+
+  /** Lets the number be changed, or says why it cannot be. */
+  allow(can: boolean, why: string): void {
+    this.input.disabled = !can;
+    this.input.title = can ? "" : why;
   }
 
   private accept(): void {
