@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from tests import tiny
-from workbench.attention.capture import Attention
+from workbench.attention.request import Attention
 from workbench.interventions.patch import Patch
 from workbench.models.model import DiffusionModel
 from workbench.models.outline import patch_sites

@@ -10,10 +10,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from workbench.attention.capture import Attention as Attention
+    from workbench.attention.methods import daam as daam
+    from workbench.attention.request import Attention as Attention
+    from workbench.experiments.editing import prompt_to_prompt as prompt_to_prompt
     from workbench.experiments.experiment import Experiment as Experiment
     from workbench.interventions.attach import Attach as Attach
+    from workbench.interventions.attention import ForceMap as ForceMap
+    from workbench.interventions.attention import InjectAttention as InjectAttention
+    from workbench.interventions.attention import Reweight as Reweight
     from workbench.interventions.patch import Patch as Patch
+    from workbench.interventions.scale import Ablate as Ablate
+    from workbench.interventions.scale import Scale as Scale
     from workbench.models.diffuser import Diffuser as Diffuser
     from workbench.models.loop import trace_loop as trace_loop
     from workbench.models.model import DiffusionModel as DiffusionModel
@@ -32,22 +39,29 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Ablate": "workbench.interventions.scale",
     "ActivationDataset": "workbench.tracing.storage.dataset",
     "Attach": "workbench.interventions.attach",
-    "Attention": "workbench.attention.capture",
+    "Attention": "workbench.attention.request",
     "Capture": "workbench.tracing.capture",
     "Experiment": "workbench.experiments.experiment",
     "Diffuser": "workbench.models.diffuser",
     "DiffusionModel": "workbench.models.model",
+    "ForceMap": "workbench.interventions.attention",
+    "InjectAttention": "workbench.interventions.attention",
     "NeMoAutoDiffusionPipeline": "workbench.models.parallel.nemo",
     "Patch": "workbench.interventions.patch",
     "PipelineSpec": "workbench.models.spec",
     "Record": "workbench.tracing.record",
+    "Reweight": "workbench.interventions.attention",
+    "Scale": "workbench.interventions.scale",
     "Stream": "workbench.tracing.storage.stream",
     "Workbench": "workbench.widgets.app",
     "errors": "workbench.errors",
     "load_record": "workbench.tracing.storage.saved",
+    "daam": "workbench.attention.methods",
     "component_tree": "workbench.widgets.views",
+    "prompt_to_prompt": "workbench.experiments.editing",
     "save_html": "workbench.widgets.views",
     "step_scrubber": "workbench.widgets.views",
     "trace_loop": "workbench.models.loop",
@@ -55,6 +69,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Ablate",
     "ActivationDataset",
     "Attach",
     "Attention",
@@ -62,16 +77,22 @@ __all__ = [
     "Diffuser",
     "DiffusionModel",
     "Experiment",
+    "ForceMap",
+    "InjectAttention",
     "NeMoAutoDiffusionPipeline",
     "Patch",
     "PipelineSpec",
     "Record",
+    "Reweight",
+    "Scale",
     "Stream",
     "Workbench",
     "__version__",
     "component_tree",
+    "daam",
     "errors",
     "load_record",
+    "prompt_to_prompt",
     "save_html",
     "step_scrubber",
     "trace_loop",

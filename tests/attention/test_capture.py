@@ -2,79 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from tests import tiny
+from tests.attention.seen import Kernel, Seen, watched
 from tests.watching import as_bytes, footprint
-from workbench.attention import capture
-from workbench.attention.capture import Attention, head_mean
+from workbench.attention import softmax
+from workbench.attention.request import Attention
+from workbench.attention.softmax import weights
 from workbench.errors import GuardError, InputError, UnknownNameError
 from workbench.models.model import DiffusionModel
 
 TOLERANCE = 1e-6
 TEXT = {"sd3": 48, "flux": 24, "flux-cfg": 24, "pixart": 24}
-
-
-@dataclass
-class Seen:
-    """One call of the kernel: the layer it came from and what it was given."""
-
-    path: str
-    query: torch.Tensor
-    key: torch.Tensor
-    mask: torch.Tensor | None
-
-    def weights(self) -> torch.Tensor:
-        """Return the softmax as the kernel itself has it: values that are one-hot come out as weights."""
-        batch, heads, keys, _ = self.key.shape
-        one_hot = torch.eye(keys).expand(batch, heads, keys, keys)
-        return functional.scaled_dot_product_attention(self.query, self.key, one_hot, self.mask)
-
-
-class Kernel(TorchFunctionMode):
-    """Keeps what each attention layer of a denoiser gives to the kernel."""
-
-    def __init__(self, pipeline, denoiser):
-        super().__init__()
-        self.path, self.calls = "", []
-        self.hooks = []
-        for path, module in pipeline.components[denoiser].named_modules(prefix=denoiser):
-            if hasattr(module, "to_q"):
-                self.hooks.append(module.register_forward_pre_hook(lambda *_, at=path: self.enter(at)))
-        self.hooks.append(pipeline.components[denoiser].register_forward_hook(lambda *_: self.enter("")))
-
-    def enter(self, path):
-        self.path = path
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is functional.scaled_dot_product_attention and self.path:
-            given = {**dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)), **kwargs}
-            seen = Seen(self.path, given["query"].clone(), given["key"].clone(), given.get("attn_mask"))
-            self.calls.append(seen)
-        return func(*args, **kwargs)
-
-    def __exit__(self, *error):
-        for hook in self.hooks:
-            hook.remove()
-        return super().__exit__(*error)
-
-    def of(self, path):
-        return [call for call in self.calls if call.path == path]
-
-
-def watched(name, **asked):
-    case = tiny.CASES[name]
-    pipeline = case.build()
-    denoiser = "unet" if hasattr(pipeline, "unet") else "transformer"
-    with Kernel(pipeline, denoiser) as kernel:
-        record = DiffusionModel(pipeline).record(**case.arguments, seed=0, capture=[Attention(**asked)])
-    return record, kernel
 
 
 def test_cross_attention_is_the_softmax_of_the_projections():
@@ -257,15 +198,29 @@ MASKS = {
 @pytest.mark.parametrize("chunk", [1, 200, 1 << 24])
 @pytest.mark.parametrize("heads", [4, 2, 1])
 @pytest.mark.parametrize("mask", list(MASKS))
-def test_head_mean_is_the_plain_formula(monkeypatch, mask, heads, chunk):
-    monkeypatch.setattr(capture, "_CHUNK", chunk)
+def test_weights_are_the_plain_formula(monkeypatch, mask, heads, chunk):
+    monkeypatch.setattr(softmax, "_CHUNK", chunk)
     draw = torch.Generator().manual_seed(1)
     query = torch.randn(2, 4, 7, 8, generator=draw)
     key = torch.randn(2, heads, 9, 8, generator=draw)
     given = MASKS[mask](draw)
-    found = head_mean(query, key, queries=slice(2, 7), columns=slice(1, 6), scale=0.5, mask=given)
+    where = {"queries": slice(2, 7), "columns": slice(1, 6), "mask": given}
+    found = weights(query, key, **where, over_heads="mean", scale=0.5)
     expected = plain(query, key, 0.5, given).mean(1)[:, 2:7, 1:6]
     assert found.shape == (2, 5, 5)
     assert (found - expected).abs().max() <= TOLERANCE
-    unscaled = head_mean(query, key, queries=slice(2, 7), columns=slice(1, 6), mask=given)
+    unscaled = weights(query, key, **where, over_heads="mean")
     assert (unscaled - plain(query, key, 8**-0.5, given).mean(1)[:, 2:7, 1:6]).abs().max() <= TOLERANCE
+    apart = weights(query, key, **where, heads=[3, 1], scale=0.5)
+    every = plain(query, key, 0.5, given)
+    assert (apart - every[:, [3, 1], 2:7, 1:6]).abs().max() <= TOLERANCE
+    scattered = weights(
+        query,
+        key,
+        queries=torch.tensor([5, 0]),
+        columns=torch.tensor([8, 2, 2]),
+        over_heads="max",
+        scale=0.5,
+        mask=given,
+    )
+    assert (scattered - every.amax(1)[:, [5, 0]][:, :, [8, 2, 2]]).abs().max() <= TOLERANCE

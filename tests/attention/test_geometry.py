@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from workbench.attention.geometry import Scope, grid
+from workbench.attention.geometry import BLOCKS, Scope, aspect_of, grid
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,9 @@ def test_queries_lie_as_the_picture_does(queries, width, height, shape):
 
 def test_in_cross_attention_every_key_is_text_and_every_query_image():
     scope = Scope("a", text=7)
-    assert (scope.columns(7), scope.queries(64)) == (slice(0, 7), slice(0, 64))
+    assert (scope.span("text", 7), scope.span("image", 64)) == (slice(0, 7), slice(0, 64))
+    assert [block for block in BLOCKS if scope.has(block)] == ["image->text"]
+    assert [block for block in BLOCKS if Scope("a").has(block)] == ["image->image"]
 
 
 @pytest.mark.parametrize(
@@ -38,10 +40,18 @@ def test_in_joint_attention_each_has_its_stretch(text_first, columns, queries):
     scope = Scope("a", text=7, mixed=True)
     scope.see_cat([text, image] if text_first else [image, text])
     assert scope.text_first is text_first
-    assert (scope.columns(71), scope.queries(71)) == (columns, queries)
+    assert (scope.span("text", 71), scope.span("image", 71)) == (columns, queries)
+    assert all(scope.has(block) for block in BLOCKS)
 
 
 def test_order_once_learnt_stays():
     scope = Scope("a", text=7, mixed=True, text_first=True)
     scope.see_cat([torch.zeros(1, 64, 4), torch.zeros(1, 7, 4)])
     assert scope.text_first is True
+
+
+def test_the_shape_of_pictures_is_that_of_the_sample_or_of_what_was_asked():
+    assert aspect_of(torch.zeros(2, 4, 8, 12), {}) == (12, 8)
+    assert aspect_of(torch.zeros(1, 4, 5, 8, 12), {"width": 3, "height": 3}) == (12, 8)
+    assert aspect_of(torch.zeros(1, 96, 64), {"width": 24, "height": 16}) == (24, 16)
+    assert aspect_of(torch.zeros(1, 96, 64), {}) == (1, 1)

@@ -6,21 +6,21 @@ import pytest
 import torch
 
 from tests import tiny
-from workbench.attention.capture import Attention
-from workbench.attention.words import Reading, Word, find, reading, words_of
-from workbench.errors import UnknownNameError
+from workbench.attention.request import Attention
+from workbench.attention.words import Reading, Word, find, located, reading, tokenize, words_of
+from workbench.errors import InputError, UnknownNameError
 from workbench.models.model import DiffusionModel
 
 
 def clip(prompt):
     tokenizer = tiny.clip_tokenizer()
-    return reading(tokenizer(prompt, padding="max_length", return_tensors="pt").input_ids, tokenizer)
+    return reading(tokenizer(prompt, padding="max_length", return_tensors="pt").input_ids[0], tokenizer)
 
 
 def t5(prompt, length=24):
     tokenizer = tiny.t5_tokenizer()
     made = tokenizer(prompt, padding="max_length", max_length=length, return_tensors="pt")
-    return reading(made.input_ids, tokenizer)
+    return reading(made.input_ids[0], tokenizer)
 
 
 def test_clip_words_start_and_end_and_padding():
@@ -89,8 +89,8 @@ def test_unknown_word_names_the_nearest():
         find(words, 24)
 
 
-def test_reading_is_of_the_first_prompt():
-    made = reading(torch.tensor([[1, 2], [3, 4]]), None)
+def test_reading_is_plain_numbers():
+    made = reading(torch.tensor([1, 2]), None)
     assert made == Reading((1, 2), None)
 
 
@@ -104,3 +104,62 @@ def test_pipelines_words_stand_where_their_encoders_put_them(name, columns):
     words = record.attention.words
     assert [word.columns for word in words if word.text == "red"] == columns
     assert sum(len(word.columns) for word in words) == next(iter(record.attention.layers.values())).shape[1]
+
+
+PROMPT = "A red Circle, left of a red square"
+
+
+def test_phrases_and_characters_are_words_too():
+    words = words_of([clip(PROMPT)], 24, PROMPT)
+    for word in words:
+        assert word.special or PROMPT[slice(*word.span)].lower() == word.text
+    assert find(words, "red circle").text == "red circle"
+    assert find(words, "red circle").columns == (*find(words, "red").columns, *find(words, "circle").columns)
+    assert find(words, "a red square").columns[0] > find(words, "left").columns[0]
+    second = PROMPT.rindex("red")
+    assert find(words, (second, second + 3)).columns != find(words, "red").columns
+    assert find(words, (second, second + 3)).text == "red"
+    assert find(words, (3, 8)).text == "red circle"
+    for asked in ("circle red", (100, 120), "", (1, 1)):
+        with pytest.raises(UnknownNameError, match="The prompt has no word"):
+            find(words, asked)
+
+
+def test_words_are_found_one_after_the_other():
+    words = [Word("a", (0,)), Word("a", (1,)), Word("lost", (2,)), Word("end", (3,), special=True)]
+    assert [word.span for word in located(words, "a man, a plan")] == [(0, 1), (3, 4), None, None]
+
+
+def test_a_prompt_as_each_tokenizer_reads_it():
+    model = DiffusionModel(tiny.sd3())
+    found = model.words("a zebra left")
+    assert list(found) == ["tokenizer", "tokenizer_2", "tokenizer_3"]
+    for tokens in found.values():
+        assert len(tokens.ids) == len(tokens.pieces) == tokens.limit
+        at = tokens.of("zebra")
+        assert tokens.word_at(at[-1]).text == "zebra"
+        assert tokens.cut == ""
+        assert "zebra" in str(tokens)
+        assert "padding" in str(tokens)
+        with pytest.raises(InputError, match="counted from 0"):
+            tokens.word_at(10_000)
+    assert len(model.words("a zebra", max_sequence_length=7)["tokenizer_3"].ids) == 7
+
+
+@pytest.mark.parametrize("make", [tiny.clip_tokenizer, tiny.t5_tokenizer])
+def test_what_is_not_read_is_told(make):
+    prompt = "a red circle left of a blue square"
+    short = tokenize(make(), prompt, 6)
+    assert len(short.ids) == 6
+    assert prompt.endswith(short.cut)
+    read = prompt.removesuffix(short.cut).split()
+    assert [word.text for word in short.words if not word.special][: len(read)] == read
+    assert "not read" in str(short)
+    assert tokenize(make(), "a red circle").cut == ""
+
+
+def test_what_has_no_words_says_so():
+    with pytest.raises(InputError, match="no tokenizer"):
+        DiffusionModel(tiny.ddpm()).words("a red circle")
+    with pytest.raises(InputError, match="one prompt"):
+        DiffusionModel(tiny.sd1()).words(["a", "b"])

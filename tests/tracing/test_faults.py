@@ -15,7 +15,7 @@ from torch import nn
 from tests import tiny
 from tests.faults import ERRORS, STAGES, Fault, Injector
 from tests.watching import as_bytes, footprint
-from workbench.attention.capture import Attention
+from workbench.attention.request import Attention
 from workbench.interventions.patch import Patch
 from workbench.models.model import DiffusionModel
 from workbench.tracing.rig import Rig

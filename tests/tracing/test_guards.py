@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from tests import tiny
 from tests.watching import as_bytes, footprint, forwards_of
-from workbench.attention.capture import Attention
+from workbench.attention.request import Attention
 from workbench.errors import GuardError, UnknownNameError
 from workbench.models.model import DiffusionModel
 from workbench.tracing import guards

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import tiny
 from tests.watching import as_bytes, footprint
-from workbench.attention.capture import Attention
+from workbench.attention.request import Attention
 from workbench.errors import BusyError, InputError
 from workbench.models.model import DiffusionModel
 

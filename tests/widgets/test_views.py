@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests import tiny
-from workbench.attention.capture import Attention
+from workbench.attention.request import Attention
 from workbench.errors import InputError
 from workbench.models.model import DiffusionModel
 from workbench.tracing.record import Record, RunSpec

@@ -2,254 +2,288 @@
 
 A torch function mode sees each call of scaled dot product attention with the very queries and keys
 the kernel gets (after rotary embeddings and normalisation) and computes from them, aside, the
-softmax columns that were asked for. The kernel's own result goes on untouched.
+softmax weights that were asked for. The kernel's own result goes on untouched.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
-from workbench.attention.geometry import Scope, is_attention, scope_of
+from workbench.attention.geometry import IMAGE_TO_TEXT, Scope, grid
 from workbench.attention.maps import AttentionMaps
-from workbench.attention.words import Reading, reading, words_of
-from workbench.errors import GuardError, InputError, UnknownNameError, nearest
-from workbench.tracing.guards import check_maps
+from workbench.attention.plan import LayerCost, Plan, default_budget
+from workbench.attention.reduction import Reduction
+from workbench.attention.request import Attention
+from workbench.attention.softmax import Places, causal, weights
+from workbench.attention.watch import Compute, Handed, Watch
+from workbench.attention.words import Word, find
+from workbench.errors import GuardError, InputError
 from workbench.tracing.ledger import Row
-from workbench.tracing.record import Record
 from workbench.tracing.session import Session
-from workbench.tracing.sites import modules
 from workbench.tracing.steps import Steps, covers, normal
 
-_CHUNK = 1 << 24
-"""How many softmax weights are computed at once at the most."""
 
+class Run:
+    """One run's attention capture.
 
-@dataclass
-class Attention:
-    """Asks a run for its attention from image to text, averaged over heads.
-
-    Give it in ``capture``; the maps are then ``record.attention``, an `AttentionMaps`.
-
-    Attributes:
-        sites: module paths of attention layers; None is every one that attends to text.
-        steps: which steps; None is every step.
-        branch: which guidance branch.
-        dtype: how the maps are stored; they are computed in float32.
+    Args:
+        asked: what is wanted.
+        session: the run.
+        planning: whether only the plan is wanted: nothing is kept, and too much is no error.
     """
 
-    sites: Sequence[str] | None = None
-    steps: Steps = None
-    branch: str = "cond"
-    dtype: torch.dtype = torch.float32
-    _run: _Run | None = field(default=None, init=False, repr=False)
-
-    @contextmanager
-    def watching(self, session: Session) -> Iterator[None]:
-        """Watch the attention layers of a run."""
-        run = _Run(self, session)
-        run.attach()
-        self._run = run
-        with _Intercept(run):
-            yield
-
-    def deliver(self, record: Record) -> None:
-        """Put the maps into the record."""
-        run, self._run = self._run, None
-        if run is None:
-            return
-        layers = {path: torch.stack(maps) for path, maps in run.maps.items()}
-        for path in self.sites or ():
-            if path in run.wordless and path not in layers:
-                raise InputError(f"{path} does not attend to text, so there is no map of words.")
-        for path in run.worded - run.seen:
-            raise GuardError(
-                f"{path} attends to text, but never through scaled_dot_product_attention, where maps are "
-                "taken from. Give it a processor that calls it, such as AttnProcessor2_0."
-            )
-        length = max((maps.shape[1] for maps in layers.values()), default=0)
-        words = words_of(run.readings, length)
-        record.attention = AttentionMaps(layers, list(run.rows.values()), words, run.layer_rows)
-
-
-class _Run:
-    """One run's attention capture."""
-
-    def __init__(self, asked: Attention, session: Session) -> None:
+    def __init__(self, asked: Attention, session: Session, *, planning: bool = False) -> None:
         self.asked = asked
         self.session = session
-        self.steps = normal(asked.steps)
-        self.stack: list[Scope] = []
-        self.outer: dict[str, dict[str, Any]] = {}
-        self.maps: dict[str, list[torch.Tensor]] = {}
-        self.rows: dict[int, Row] = {}
-        self.layer_rows: dict[str, list[Row]] = {}
-        self.wordless: set[str] = set()
-        self.readings: list[Reading] = []
-        self.worded: set[str] = set()
-        self.seen: set[str] = set()
+        self.planning = planning
+        self.plan: Plan | None = None
+        self._first: Row | None = None
+        self._steps: Steps = normal(asked.steps)
+        self._reduction = Reduction(
+            {k: v for k, v in dict(asked.reduce).items() if k != "heads"}, asked.dtype
+        )
+        self._rows: dict[int, Row] = {}
+        self._layer_rows: dict[str, list[Row]] = {}
+        self._places: dict[str, tuple[int, ...]] = {}
+        self._indices: dict[str, list[torch.Tensor]] = {}
+        self._without: set[str] = set()
+        self._text: list[Word] | None = None
+        self._words: list[Word] = []
+        self._columns: torch.Tensor | None = None
+        self._expected: set[str] = set()
+        self._seen: set[str] = set()
+        self._planned: set[str] = set()
 
-    def attach(self) -> None:
-        known = modules(self.session.system.denoisers)
-        layers = [path for path, module in known.items() if is_attention(module)]
-        wanted = self.asked.sites if self.asked.sites is not None else layers
-        check_maps(self.session.system.components, wanted, by_name=self.asked.sites is not None)
-        for path in wanted:
-            if path not in layers:
-                raise UnknownNameError(f"{path!r} is no attention layer.{nearest(path, layers)}")
-            self._watch_layer(path, known[path], known.get(path.rpartition(".")[0]))
-        for name, component in self.session.system.components.items():
-            if isinstance(component, nn.Module) and name not in self.session.system.denoisers:
-                self._watch_reader(name, component)
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch the attention layers of the run."""
+        self._watch = Watch(self.session, self.asked.sites, entered=self._entered)
+        self.session.clock.finished.append(lambda _row, _output: self._check_plan())
+        with self._watch.looking(self._look):
+            yield
 
-    def wanted_row(self) -> Row | None:
+    def maps(self) -> AttentionMaps:
+        """Return what was kept.
+
+        Raises:
+            InputError, GuardError: a layer that was asked for cannot have given any.
+        """
+        for path in self.asked.sites or ():
+            if path in self._without and path not in self._layer_rows:
+                raise InputError(
+                    f"{path} does not attend to text, so there is no map of words."
+                    if self.asked.block == IMAGE_TO_TEXT
+                    else f"{path} has no attention {self.asked.block}."
+                )
+        for path in self._expected - self._seen:
+            raise GuardError(
+                f"{path} {'attends to text' if self.asked.block == IMAGE_TO_TEXT else 'attends'}, but never "
+                "through scaled_dot_product_attention, where maps are taken from. Give it a processor that "
+                "calls it, such as AttnProcessor2_0."
+            )
+        self._reduction.aspect = self._watch.aspect
+        layers = self._reduction.result()
+        return AttentionMaps(
+            layers,
+            list(self._rows.values()),
+            self._words,
+            self._layer_rows,
+            text=self._text or [],
+            block=self.asked.block,
+            reduced=dict(self.asked.reduce),
+            heads=self._heads(),
+            places=self._places,
+            top=self.asked.top,
+            indices={path: torch.stack(found) for path, found in self._indices.items()},
+        )
+
+    def _heads(self) -> tuple[int, ...] | None:
+        if self.asked.over_heads is not None:
+            return None
+        return self.asked.heads  # type: ignore[return-value]
+
+    def _wanted_row(self) -> Row | None:
         """Return the ledger row of this call if it is wanted."""
         row = self.session.clock.row
-        if row is None or self.session.replaying(row) or not row.has(self.asked.branch):
+        if row is None or self.session.recomputing or self.session.replaying(row):
             return None
-        return row if covers(self.steps, row, self.session.clock.total_steps) else None
+        if not row.has(self.asked.branch):
+            return None
+        if self.planning:
+            return row
+        return row if covers(self._steps, row, self.session.clock.total_steps) else None  # type: ignore[arg-type]
 
-    def keep(self, path: str, row: Row, weights: torch.Tensor) -> None:
-        """Keep one layer's weights of one call, ``(tokens, queries)``."""
-        self.rows.setdefault(row.call, row)
-        rows = self.layer_rows.setdefault(path, [])
+    def _entered(self, scope: Scope) -> None:
+        if scope.has(self.asked.block):
+            self._expected.add(scope.path)
+
+    def _look(self, scope: Scope, handed: Handed, _: Compute) -> None:
+        """Take what is wanted of one attention call."""
+        self._seen.add(scope.path)
+        if not scope.has(self.asked.block):
+            self._without.add(scope.path)
+            return
+        row = self._wanted_row()
+        if row is None:
+            return
+        query, key = handed["query"], handed["key"]
+        if query.shape[0] % len(row.branches):
+            raise GuardError(
+                f"{scope.path} computes attention for {query.shape[0]} rows of {len(row.branches)} branches, "
+                "as for perturbed guidance. Leave it out of Attention(sites=…), or switch that off."
+            )
+        queries, columns = self._choice(scope, query.shape[2], key.shape[2])
+        counts = [_count(each, total) for each, total in ((queries, query.shape[2]), (columns, key.shape[2]))]
+        tokens, places = counts[::-1] if self.asked.block == IMAGE_TO_TEXT else counts
+        cost = LayerCost(
+            scope.path, query.shape[1], query.shape[2], key.shape[2], query.shape[3], tokens, places
+        )
+        plan = self._plan(row)
+        new = scope.path not in self._planned
+        if new:
+            self._planned.add(scope.path)
+            plan.layers.append(cost)
+        if not plan.fits:
+            if row is not self._first and not self.planning:
+                plan.check()
+            return
+        began = time.perf_counter()
+        value = self._weights(row, handed, queries, columns)
+        if self.asked.block == IMAGE_TO_TEXT:
+            value = value.transpose(-1, -2)
+        if new:
+            seconds = time.perf_counter() - began
+            plan.layers[-1] = replace(cost, seconds=seconds)
+        if not self.planning:
+            self._keep(scope.path, row, value)
+
+    def _plan(self, row: Row) -> Plan:
+        if self.plan is None:
+            self._first = row
+            budget = default_budget() if self.asked.budget is None else self.asked.budget
+            self.plan = Plan(self.asked, self._calls_from(row), budget)
+        return self.plan
+
+    def _calls_from(self, row: Row) -> int:
+        """Return how many of a denoiser's calls are wanted from this one on, as the scheduler has them."""
+        total = self.session.clock.total_steps
+        ticks = max(
+            (len(each.timesteps) for each in self.session.system.schedulers.values() if _told(each)),
+            default=1,
+        )
+        if total is None:
+            return ticks
+        steps = [row.model_copy(update={"step": step}) for step in range(row.step, total)]
+        chosen = sum(covers(self._steps, each, total) for each in steps)  # type: ignore[arg-type]
+        return max(round(chosen * ticks / total), 1)
+
+    def _check_plan(self) -> None:
+        if self.plan is not None and not self.planning:
+            self.plan.check()
+
+    def _weights(self, row: Row, handed: Handed, queries: Places, columns: Places) -> torch.Tensor:
+        """Return the weights of the one sample, ``([heads,] queries, columns)``."""
+        query, key, mask = handed["query"], handed["key"], handed.get("attn_mask")
+        rows = row.rows(self.asked.branch, query.shape[0])
+        many = rows.stop - rows.start
+        alone = row.samples is None or many % row.samples
+        first = rows.start if alone else rows.start + row.rows_of([self.asked.sample], many)[0]
+        one = slice(first, first + 1)
+        if mask is not None and mask.ndim == 4 and mask.shape[0] == query.shape[0]:
+            mask = mask[one]
+        if handed.get("is_causal"):
+            mask = causal(query.shape[2], key.shape[2], query.device)
+        return weights(
+            query[one],
+            key[one],
+            queries=queries,
+            columns=columns,
+            heads=self.asked.heads,
+            over_heads=self.asked.over_heads,
+            scale=handed.get("scale"),
+            mask=mask,
+        )[0]
+
+    def _choice(self, scope: Scope, queries: int, keys: int) -> tuple[Places, Places]:
+        """Return which queries and which keys of a call are wanted."""
+        asking, looked_at = self.asked.block.split("->")
+        of_queries, of_keys = scope.span(asking, queries), scope.span(looked_at, keys)
+        text = of_keys if looked_at == "text" else of_queries if asking == "text" else None
+        if self._text is None and text is not None:
+            self._read(text.stop - text.start)
+        if asking == "text":
+            return self._of_words(of_queries), of_keys
+        places = self._positions(scope.path, of_queries) if self.asked.queries_chosen else of_queries
+        return places, self._of_words(of_keys) if looked_at == "text" else of_keys
+
+    def _read(self, length: int) -> None:
+        """Learn the words of the text, and number those that are kept along the maps' axis."""
+        self._words = self._text = self._watch.words(length, self.asked.sample)
+        if self.asked.words is None:
+            return
+        chosen = [find(self._text, each) for each in self.asked.words]
+        self._columns = torch.tensor([column for word in chosen for column in word.columns])
+        self._words, start = [], 0
+        for word in chosen:
+            columns = tuple(range(start, start + len(word.columns)))
+            self._words.append(replace(word, columns=columns))
+            start += len(columns)
+
+    def _of_words(self, text: slice) -> Places:
+        return text if self._columns is None else self._columns + text.start
+
+    def _positions(self, path: str, image: slice) -> Places:
+        count = image.stop - image.start
+        if self.asked.queries is not None:
+            chosen = tuple(self.asked.queries)
+            for each in chosen:
+                if not 0 <= each < count:
+                    raise InputError(
+                        f"{path} has {count} queries of the image, from 0; {each} is none of them."
+                    )
+        else:
+            shape = grid(count, *self._watch.aspect)
+            if shape is None:
+                raise InputError(f"The {count} queries of {path} form no picture; choose them by queries=….")
+            chosen = tuple(_cell(x, y, shape) for x, y in self.asked.pixels or ())
+        self._places[path] = chosen
+        return torch.tensor(chosen) + image.start
+
+    def _keep(self, path: str, row: Row, value: torch.Tensor) -> None:
+        """Keep one layer's weights of one call, ``([heads,] tokens, places)``."""
+        self._rows.setdefault(row.call, row)
+        rows = self._layer_rows.setdefault(path, [])
         if row in rows[-1:]:
             raise GuardError(
                 f"{path} computes attention twice in call {row.call}, as for an image prompt or perturbed "
                 "guidance, so it has no one map. Leave it out of Attention(sites=…), or switch that off."
             )
         rows.append(row)
-        self.maps.setdefault(path, []).append(weights.to("cpu", self.asked.dtype))
-
-    def _watch_layer(self, path: str, module: nn.Module, block: nn.Module | None) -> None:
-        rig = self.session.rig
-        if block is not None:
-            rig.before(block, lambda _module, _args, kwargs: self.outer.__setitem__(path, kwargs))
-        joint = getattr(module, "add_k_proj", None) is not None
-
-        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            scope = scope_of(path, kwargs, args, self.outer.get(path, {}))
-            scope.mixed = scope.mixed or (joint and scope.text > 0)
-            self.stack.append(scope)
-            if scope.text:
-                self.worded.add(path)
-
-        def leave(*_: Any) -> None:
-            self.stack.pop()
-
-        def note_text(_module: nn.Module, _args: Any, _kwargs: Any, output: torch.Tensor) -> None:
-            if self.stack:
-                self.stack[-1].text_keys = output
-
-        rig.before(module, enter)
-        rig.after(module, leave)
-        for name in ("add_k_proj", "to_added_qkv", "norm_added_k"):
-            if isinstance(getattr(module, name, None), nn.Module):
-                rig.after(getattr(module, name), note_text)
-
-    def _watch_reader(self, name: str, component: nn.Module) -> None:
-        tokenizer = self.session.system.components.get(name.replace("text_encoder", "tokenizer"))
-        if tokenizer is None or not hasattr(tokenizer, "convert_ids_to_tokens"):
-            return
-
-        def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            ids = kwargs.get("input_ids", args[0] if args else None)
-            first = all(each.tokenizer is not tokenizer for each in self.readings)
-            if first and isinstance(ids, torch.Tensor) and ids.ndim == 2 and not ids.is_floating_point():
-                self.readings.append(reading(ids, tokenizer))
-
-        self.session.rig.before(component, read)
+        if self.asked.top is not None:
+            axis = -2 if self.asked.block == IMAGE_TO_TEXT else -1
+            largest = value.topk(min(self.asked.top, value.shape[axis]), dim=axis)
+            value = largest.values
+            self._indices.setdefault(path, []).append(largest.indices.cpu())
+        self._reduction.add(path, row, value)
 
 
-class _Intercept(TorchFunctionMode):
-    """Sees attention calls and how joint sequences are put together."""
-
-    def __init__(self, run: _Run) -> None:
-        super().__init__()
-        self.run = run
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        stack = self.run.stack
-        if stack:
-            if func is functional.scaled_dot_product_attention:
-                self._look(stack[-1], *args, **kwargs)
-            elif func is torch.cat:
-                stack[-1].see_cat(args[0] if args else kwargs.get("tensors", ()))
-        return func(*args, **kwargs)
-
-    def _look(self, scope: Scope, query: torch.Tensor, key: torch.Tensor, *_: Any, **kwargs: Any) -> None:
-        self.run.seen.add(scope.path)
-        if not scope.text:
-            self.run.wordless.add(scope.path)
-            return
-        row = self.run.wanted_row()
-        if row is None:
-            return
-        rows = row.rows(self.run.asked.branch, query.shape[0])
-        mask = kwargs.get("attn_mask", _[1] if len(_) > 1 else None)
-        if mask is not None and mask.ndim == 4 and mask.shape[0] == query.shape[0]:
-            mask = mask[rows]
-        weights = head_mean(
-            query[rows],
-            key[rows],
-            queries=scope.queries(query.shape[2]),
-            columns=scope.columns(key.shape[2]),
-            scale=kwargs.get("scale"),
-            mask=mask,
-        )
-        self.run.keep(scope.path, row, weights[0].T)
+def _told(scheduler: Any) -> bool:
+    return getattr(scheduler, "timesteps", None) is not None and len(scheduler.timesteps) > 0
 
 
-@torch.no_grad()
-def head_mean(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    *,
-    queries: slice,
-    columns: slice,
-    scale: float | None = None,
-    mask: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Return the softmax weights of some columns, averaged over heads, in float32.
-
-    Queries are taken a stretch at a time, so the whole matrix never exists.
-
-    Args:
-        query: ``(batch, heads, queries, head_dim)``.
-        key: ``(batch, heads, keys, head_dim)``; fewer heads are repeated (grouped queries).
-        queries: which queries.
-        columns: which keys to return; the softmax is over all of them.
-        scale: of the dot products; None is 1/√head_dim.
-        mask: boolean or additive, broadcastable to ``(batch, heads, queries, keys)``.
-
-    Returns:
-        Weights in [0, 1], ``(batch, queries, columns)``.
-    """
-    if key.shape[1] != query.shape[1]:
-        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    wanted, keys = query[:, :, queries].float(), key.float().transpose(-1, -2)
-    chunk = max(_CHUNK // max(query.shape[0] * query.shape[1] * key.shape[2], 1), 1)
-    parts = []
-    for start in range(0, wanted.shape[2], chunk):
-        logits = wanted[:, :, start : start + chunk] @ keys * factor
-        if mask is not None:
-            logits = _masked(
-                logits, mask, slice(queries.start + start, queries.start + start + logits.shape[2])
-            )
-        parts.append(logits.softmax(-1)[..., columns].mean(1))
-    return torch.cat(parts, dim=1)
+def _count(places: Places, total: int) -> int:
+    return len(range(*places.indices(total))) if isinstance(places, slice) else len(places)
 
 
-def _masked(logits: torch.Tensor, mask: torch.Tensor, queries: slice) -> torch.Tensor:
-    part = mask[..., queries, :] if mask.ndim > 1 and mask.shape[-2] > 1 else mask
-    return logits.masked_fill(~part, float("-inf")) if part.dtype == torch.bool else logits + part.float()
+def _cell(x: float, y: float, shape: tuple[int, int]) -> int:
+    """Return the position of a point of the picture, from 0 to 1 each way, in a grid."""
+    if not (0 <= x <= 1 and 0 <= y <= 1):
+        raise InputError(f"The point ({x}, {y}) is outside the picture; x and y go from 0 to 1.")
+    row, column = min(int(y * shape[0]), shape[0] - 1), min(int(x * shape[1]), shape[1] - 1)
+    return row * shape[1] + column

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+IMAGE_TO_TEXT, TEXT_TO_IMAGE = "image->text", "text->image"
+IMAGE_TO_IMAGE, TEXT_TO_TEXT = "image->image", "text->text"
+BLOCKS = (IMAGE_TO_TEXT, TEXT_TO_IMAGE, IMAGE_TO_IMAGE, TEXT_TO_TEXT)
+"""The parts of an attention matrix: whose queries look at whose keys.
+
+Cross-attention has the first alone, self-attention the third, joint attention all four.
+"""
 
 
 @dataclass
@@ -43,17 +52,17 @@ class Scope:
             return False
         return tensor.untyped_storage().data_ptr() == self.text_keys.untyped_storage().data_ptr()
 
-    def columns(self, keys: int) -> slice:
-        """Return the text's columns among ``keys`` keys."""
-        if not self.mixed:
-            return slice(0, keys)
-        return slice(0, self.text) if self.text_first is not False else slice(keys - self.text, keys)
+    def has(self, block: str) -> bool:
+        """Whether the call has this block of the attention matrix (see `BLOCKS`)."""
+        return self.mixed or block == (IMAGE_TO_TEXT if self.text else IMAGE_TO_IMAGE)
 
-    def queries(self, queries: int) -> slice:
-        """Return the image's rows among ``queries`` queries."""
+    def span(self, stream: str, total: int) -> slice:
+        """Return where ``"image"`` or ``"text"`` stands among ``total`` queries or keys."""
         if not self.mixed:
-            return slice(0, queries)
-        return slice(self.text, queries) if self.text_first is not False else slice(0, queries - self.text)
+            return slice(0, total)
+        first = (stream == "text") == (self.text_first is not False)
+        length = self.text if stream == "text" else total - self.text
+        return slice(0, length) if first else slice(total - length, total)
 
 
 def is_attention(module: nn.Module) -> bool:
@@ -81,6 +90,19 @@ def scope_of(path: str, kwargs: dict[str, Any], args: tuple[Any, ...], outer: di
         return Scope(path)
     joined = text.ndim == image.ndim == 3 and length == text.shape[1] + image.shape[1]
     return Scope(path, text.shape[1], mixed=True, text_first=True) if joined else Scope(path)
+
+
+def aspect_of(sample: Any, arguments: Mapping[str, Any]) -> tuple[int, int]:
+    """Return how wide a run's pictures are to how high.
+
+    Args:
+        sample: what the denoiser is given, ``(batch, channels, rows, columns)`` where it is not packed.
+        arguments: the pipeline's own, whose ``width`` and ``height`` count where it is.
+    """
+    if isinstance(sample, torch.Tensor) and sample.ndim in (4, 5):
+        return int(sample.shape[-1]), int(sample.shape[-2])
+    width, height = arguments.get("width"), arguments.get("height")
+    return (int(width), int(height)) if width and height else (1, 1)
 
 
 def grid(queries: int, width: int, height: int) -> tuple[int, int] | None:

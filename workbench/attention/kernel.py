@@ -1,7 +1,8 @@
-"""The ports ``query``, ``key`` and ``value``: what an attention layer hands to the kernel.
+"""The ports ``query``, ``key``, ``value`` and ``probs``: what an attention layer hands to the kernel.
 
 No module owns these values: they come after normalisation and rotary embeddings, with image and text put
-together where attention is joint.
+together where attention is joint. The weights, ``probs``, are computed beside the kernel where they are asked
+for; where they are changed, the layer goes on with them in place of what the kernel made.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from workbench.attention.heads import head_count
+from workbench.attention.softmax import causal, weights
 from workbench.errors import GuardError, InputError
 from workbench.tracing.guards import KERNEL_PORTS
 from workbench.tracing.ports import PassBy, add_port
@@ -36,12 +38,16 @@ class _Handover:
     def value(self, value: torch.Tensor) -> torch.Tensor:
         return value
 
+    def probs(self, value: torch.Tensor) -> torch.Tensor:
+        return value
+
 
 class _Handing(TorchFunctionMode):
     """Lets the values of the attention that is computed inside pass by, once in each forward."""
 
-    def __init__(self, handover: _Handover, layer: nn.Module, batch: int | None) -> None:
+    def __init__(self, rig: Rig, handover: _Handover, layer: nn.Module, batch: int | None) -> None:
         super().__init__()
+        self._rig = rig
         self._handover = handover
         self._layer = layer
         self._batch = batch
@@ -55,7 +61,25 @@ class _Handing(TorchFunctionMode):
         self._check(handed["query"])
         for port in KERNEL_PORTS:
             handed[port] = getattr(self._handover, port)(handed[port])
-        return func(**handed)
+        made = func(**handed)
+        return self._by_weights(handed, made) if self._rig.hooked(Method(self._handover, "probs")) else made
+
+    def _by_weights(self, handed: dict[str, Any], made: torch.Tensor) -> torch.Tensor:
+        """Let the weights pass by; return what the kernel made, or what they make if they were changed."""
+        query, value = handed["query"], handed["value"]
+        mask = handed.get("attn_mask")
+        if handed.get("is_causal"):
+            mask = causal(query.shape[2], handed["key"].shape[2], query.device)
+        probs = weights(query, handed["key"], scale=handed.get("scale"), mask=mask)
+        before = probs.clone()
+        changed = self._handover.probs(probs)
+        same = (changed == before).all(-1, keepdim=True)
+        if same.all():
+            return made
+        if value.shape[1] != query.shape[1]:
+            value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+        # Of queries whose weights stayed, what the kernel made stays to the bit.
+        return torch.where(same, made, changed.to(value.dtype) @ value)
 
     def _check(self, query: torch.Tensor) -> None:
         """Refuse a layer that attends twice, or with part of its batch: whose values are these?"""
@@ -76,7 +100,8 @@ class _Handing(TorchFunctionMode):
 def attach(port: str, rig: Rig, target: Target, pass_by: PassBy) -> Owned:
     """Hand what goes into the kernel, ``(batch, heads, tokens, head_dim)``, to ``pass_by``.
 
-    Keys and values may have fewer heads than queries, where these share them.
+    Keys and values may have fewer heads than queries, where these share them. The weights are
+    ``(batch, heads, queries, keys)``, float32, in full.
 
     Raises:
         InputError: the target is no attention layer.
@@ -98,7 +123,7 @@ def _watch(rig: Rig, layer: nn.Module) -> _Handover:
     def shadow(forward: Callable[..., Any]) -> Callable[..., Any]:
         def inside(*args: Any, **kwargs: Any) -> Any:
             first = next((each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)), None)
-            with _Handing(handover, layer, None if first is None else first.shape[0]):
+            with _Handing(rig, handover, layer, None if first is None else first.shape[0]):
                 return forward(*args, **kwargs)
 
         return inside
@@ -107,5 +132,5 @@ def _watch(rig: Rig, layer: nn.Module) -> _Handover:
     return handover
 
 
-for _port in KERNEL_PORTS:
+for _port in (*KERNEL_PORTS, "probs"):
     add_port(_port, partial(attach, _port))

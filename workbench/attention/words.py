@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from workbench.errors import UnknownNameError, nearest
+from workbench.errors import InputError, UnknownNameError, nearest
+
+_LONGEST = 512
+"""Tokens that a prompt is padded to by tokenizers that set no limit."""
 
 
 @dataclass(frozen=True)
@@ -19,11 +22,13 @@ class Word:
         text: the word, its pieces joined.
         columns: its tokens' positions along the text axis.
         special: whether it is a start, end or padding token.
+        span: its first character of the prompt and the one after its last; None where that is not known.
     """
 
     text: str
     columns: tuple[int, ...]
     special: bool = False
+    span: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Reading:
     tokenizer: Any
 
 
-def words_of(readings: Sequence[Reading], length: int) -> list[Word]:
+def words_of(readings: Sequence[Reading], length: int, prompt: str = "") -> list[Word]:
     """Return the words along a text axis of ``length``.
 
     A pipeline may lay the tokens of several encoders after each other (SD3), use one of several
@@ -44,38 +49,158 @@ def words_of(readings: Sequence[Reading], length: int) -> list[Word]:
     Args:
         readings: what each encoder was given, in the order of the calls.
         length: tokens along the text axis.
+        prompt: what the person wrote, to tell where in it each word stands.
 
     Returns:
         The words in order; tokens nobody can account for are special words ``"·"``.
     """
-    for chosen in _choices(readings):
-        if sum(len(each.ids) for each in chosen) == length:
-            words, offset = [], 0
-            for reading in chosen:
-                words += _words(reading, offset)
-                offset += len(reading.ids)
-            return words
-    return [Word("·", (column,), special=True) for column in range(length)]
+    words, offset = list[Word](), 0
+    chosen = laid_out(readings, length)
+    if chosen is None:
+        return [Word("·", (column,), special=True) for column in range(length)]
+    for each in chosen:
+        words += located(_words(each, offset), prompt)
+        offset += len(each.ids)
+    return words
 
 
-def find(words: Sequence[Word], text: str | int) -> Word:
-    """Return a word by its text or its place.
+def laid_out(readings: Sequence[Reading], length: int) -> list[Reading] | None:
+    """Return which encoders' tokens lie along a text axis, in order; None where nobody can tell."""
+    return next(
+        (chosen for chosen in _choices(readings) if sum(len(each.ids) for each in chosen) == length), None
+    )
+
+
+def find(words: Sequence[Word], asked: str | int | tuple[int, int]) -> Word:
+    """Return a word, or several as one.
+
+    Args:
+        words: of the prompt.
+        asked: a word, a phrase of words that follow each other, a place in ``words``, or the first and the
+            end of a stretch of the prompt's characters, of which every word that it touches is meant.
 
     Raises:
         UnknownNameError: no such word; the message lists those there are.
     """
-    if isinstance(text, int) and -len(words) <= text < len(words):
-        return words[text]
+    if isinstance(asked, int) and -len(words) <= asked < len(words):
+        return words[asked]
+    plain = [word for word in words if not word.special]
+    if isinstance(asked, tuple):
+        start, end = asked
+        touched = [word for word in plain if word.span and word.span[0] < end and start < word.span[1]]
+        if touched:
+            return _as_one(touched)
+    else:
+        wanted = str(asked).lower().split()
+        for start in range(len(plain) - len(wanted) + 1 if wanted else 0):
+            if [word.text.lower() for word in plain[start : start + len(wanted)]] == wanted:
+                return _as_one(plain[start : start + len(wanted)])
+    known = [word.text for word in plain]
+    raise UnknownNameError(f"The prompt has no word {asked!r}.{nearest(str(asked), known)}")
+
+
+def located(words: Sequence[Word], prompt: str) -> list[Word]:
+    """Return the words with where they stand in the prompt, found one after the other in any case."""
+    found, start, lowered = [], 0, prompt.lower()
     for word in words:
-        if not word.special and word.text.lower() == str(text).lower().strip():
-            return word
-    known = [word.text for word in words if not word.special]
-    raise UnknownNameError(f"The prompt has no word {text!r}.{nearest(str(text), known)}")
+        at = -1 if word.special else lowered.find(word.text.lower(), start)
+        if at >= 0:
+            start = at + len(word.text)
+        found.append(word if at < 0 else replace(word, span=(at, start)))
+    return found
+
+
+def _as_one(words: Sequence[Word]) -> Word:
+    if len(words) == 1:
+        return words[0]
+    spans = [word.span for word in words if word.span is not None]
+    return Word(
+        " ".join(word.text for word in words),
+        tuple(column for word in words for column in word.columns),
+        span=(spans[0][0], spans[-1][1]) if spans else None,
+    )
 
 
 def reading(ids: torch.Tensor, tokenizer: Any) -> Reading:
-    """Return the reading of the first row of ``ids``, ``(batch, tokens)``."""
-    return Reading(tuple(int(each) for each in ids[0]), tokenizer)
+    """Return the reading of one prompt's ``ids``, ``(tokens,)``."""
+    return Reading(tuple(int(each) for each in ids), tokenizer)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """How one tokenizer reads a prompt.
+
+    Attributes:
+        ids: of the tokens, as an encoder is given them.
+        pieces: what the tokenizer calls them.
+        words: the words and the start, end and padding tokens, with the places of their tokens.
+        limit: how many tokens the encoder reads.
+        cut: what stands behind that limit and is not read; empty if all is.
+    """
+
+    ids: tuple[int, ...]
+    pieces: tuple[str, ...]
+    words: tuple[Word, ...]
+    limit: int
+    cut: str = ""
+
+    def of(self, asked: str | int | tuple[int, int]) -> tuple[int, ...]:
+        """Return the places of a word's tokens, or a phrase's, or a stretch of characters' (see `find`)."""
+        return find(self.words, asked).columns
+
+    def word_at(self, token: int) -> Word:
+        """Return the word that a token belongs to.
+
+        Raises:
+            InputError: there is no such token.
+        """
+        for word in self.words:
+            if token in word.columns:
+                return word
+        raise InputError(f"The prompt has {len(self.ids)} tokens, counted from 0; {token} is none of them.")
+
+    def __str__(self) -> str:
+        """Return a line a word: its tokens' places and pieces."""
+        shown = [word for word in self.words if word.text != "padding"]
+        lines = [
+            f"{word.text:<16} {' '.join(f'{at}:{self.pieces[at]}' for at in word.columns)}" for word in shown
+        ]
+        padding = sum(word.text == "padding" for word in self.words)
+        lines += [f"{'padding':<16} {padding} tokens"] if padding else []
+        lines += [f"{'not read':<16} {self.cut!r}: the encoder reads {self.limit} tokens"] if self.cut else []
+        return "\n".join(lines)
+
+
+def tokenize(tokenizer: Any, prompt: str, limit: int | None = None) -> Tokens:
+    """Return how a tokenizer reads a prompt, padded as diffusers does where it can pad.
+
+    Args:
+        tokenizer: one of transformers.
+        prompt: what the person wrote.
+        limit: how many tokens the encoder is given; None is the tokenizer's own.
+    """
+    most = min(limit or _LONGEST, tokenizer.model_max_length, _LONGEST)
+    padded = {"padding": "max_length"} if tokenizer.pad_token is not None else {}
+    ids = tuple(tokenizer(prompt, max_length=most, truncation=True, **padded)["input_ids"])
+    whole = tuple(tokenizer(prompt, truncation=False, verbose=False)["input_ids"])
+    words = located(_words(Reading(ids, tokenizer), 0), prompt)
+    cut = ""
+    if len(whole) > most:
+        every = located(_words(Reading(whole, tokenizer), 0), prompt)
+        read = [word for word in words if not word.special]
+        # The last word that is read may be there in part.
+        missing = [word for word in every if not word.special][len(read) - (not _is_whole(read, every)) :]
+        starts = [word.span[0] for word in missing if word.span is not None]
+        cut = prompt[starts[0] :] if starts else ""
+    pieces = tuple(map(str, tokenizer.convert_ids_to_tokens(list(ids))))
+    return Tokens(ids, pieces, tuple(words), most, cut)
+
+
+def _is_whole(read: Sequence[Word], every: Sequence[Word]) -> bool:
+    if not read:
+        return True
+    same = [word for word in every if not word.special][len(read) - 1]
+    return len(same.columns) == len(read[-1].columns)
 
 
 def _choices(readings: Sequence[Reading]) -> list[list[Reading]]:

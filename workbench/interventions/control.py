@@ -30,7 +30,8 @@ class RandomDirection(Intervention):
     @classmethod
     def of(cls, patch: Patch, seed: int = 0) -> RandomDirection:
         """Return the control of a patch: same site, steps, branch and norm."""
-        return cls(patch.site, patch.steps, patch.branch, samples=patch.samples, patch=patch, seed=seed)
+        where = {"heads": patch.heads, "samples": patch.samples}
+        return cls(patch.site, patch.steps, patch.branch, **where, patch=patch, seed=seed)
 
     def new_value(self, site: Site, value: torch.Tensor, row: Row, branch: str) -> torch.Tensor:
         """Return ``value`` moved by the patch's distance, ``(rows, ...)``."""

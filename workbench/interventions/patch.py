@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from workbench.errors import InputError, ShapeError
-from workbench.interventions.intervention import Intervention
+from workbench.interventions.intervention import Intervention, check_heads
 from workbench.tracing.ledger import ALL, GUIDED, Row
 from workbench.tracing.record import Record
 from workbench.tracing.sites import Site
@@ -51,6 +51,8 @@ class Patch(Intervention):
         """Return the source's activation at the same step and branch, ``(rows, ...)``."""
         nth = self._nth(row, branch)
         found = self._for_samples(self.source.at(site, step=row.step, branch=branch, nth=nth), value, row)
+        if self.heads is not None:
+            found = found[:, check_heads(self.heads, found.shape[1], site=str(site))]
         if found.shape != value.shape:
             raise ShapeError(
                 f"At {site}, step {row.step}, the source has {describe(found)} and the target "

@@ -21,6 +21,7 @@ from workbench.models import arguments as checks
 from workbench.models import asked
 from workbench.models.asked import Captured
 from workbench.models.loading import fetched, load, locate, pipeline_class
+from workbench.models.looking import Looking
 from workbench.models.loop import Block, Loop, unreached
 from workbench.models.methods import PipelineMethods, public
 from workbench.models.options import loading_info, renamed
@@ -40,7 +41,7 @@ from workbench.tracing.system import System
 from workbench.tracing.trace import Trace
 
 
-class DiffusionModel(PipelineMethods):
+class DiffusionModel(Looking, PipelineMethods):
     """A diffusion pipeline with every value in reach, and everything it can do besides running.
 
     Args:
@@ -238,6 +239,11 @@ class DiffusionModel(PipelineMethods):
     def denoisers(self) -> dict[str, nn.Module]:
         """The UNet or transformer, or both of a pipeline that has two."""
         return self._system().denoisers
+
+    @property
+    def schedulers(self) -> dict[str, Any]:
+        """What steps latents along a list of timesteps."""
+        return self._system().schedulers
 
     def site(self, path: str) -> Any:
         """Return the module or method at a path, also one whose name clashes with an attribute of ours.

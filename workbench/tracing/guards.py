@@ -108,7 +108,7 @@ def check(components: Mapping[str, Any], sites: Iterable[Site]) -> None:
         GuardError: with the site, the setting and what to switch off.
     """
     for site in sites:
-        kernel = (_bypassed,) if site.port in KERNEL_PORTS else ()
+        kernel = (_bypassed,) if site.port in (*KERNEL_PORTS, "probs") else ()
         _refuse(Place.at(components, site.path), (_compiled, _cached, _fused, *kernel))
 
 

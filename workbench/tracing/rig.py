@@ -135,6 +135,11 @@ class Rig:
         found: T = self._beside[key]
         return found
 
+    def hooked(self, method: Method) -> bool:
+        """Whether anything is called before or after a method's calls now."""
+        calls = self._calls.get((id(method.owner), method.name))
+        return calls is not None and bool(calls.before or calls.after)
+
     def drop(self, owned: Owned) -> None:
         """Take one hook off."""
         if owned.table is not None and owned in owned.table:

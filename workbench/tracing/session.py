@@ -98,7 +98,8 @@ class Session:
         self.arguments = arguments
         self.edits = list(edits)
         self.capture = list(dict.fromkeys(capture))
-        self.probes = list(probes)
+        # Some edits reach what no site holds; they watch the run, inside of all that looks at it.
+        self.probes = [*probes, *(each for each in self.edits if hasattr(each, "watching"))]
         self.takers = [each for each in self.probes if isinstance(each, Taker)]
         self.replay = replay
         self.attached: list[Callable[[Rig], None]] = []

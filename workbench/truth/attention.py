@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from workbench.attention.capture import Attention
 from workbench.attention.maps import resize
+from workbench.attention.request import Attention
 from workbench.models.model import DiffusionModel
 from workbench.zoo import shapes
 

@@ -16,7 +16,7 @@ from PIL import Image
 from tests import tiny
 from tests.killing import killed_at_each_operation
 from tests.watching import as_bytes
-from workbench.attention.capture import Attention
+from workbench.attention.request import Attention
 from workbench.errors import InputError, StoreError, UnknownNameError
 from workbench.interventions.control import RandomDirection
 from workbench.interventions.patch import Patch
