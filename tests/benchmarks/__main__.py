@@ -16,9 +16,8 @@ from pathlib import Path
 
 import torch
 
-from tests.benchmarks import first_image, gradients, overhead, patching, scrub_rate, trees
+from tests.benchmarks import attention, first_image, gradients, overhead, patching, scrub_rate, trees
 from tests.benchmarks.table import Row, Setting, as_markdown, as_text
-from workbench import zoo
 
 README = Path(__file__).parent / "README.md"
 
@@ -26,12 +25,12 @@ README = Path(__file__).parent / "README.md"
 def main() -> None:
     """Measure, print, and write if asked."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
-    parser.add_argument("--model", default=None, help="a zoo name or a folder (default: the zoo's first)")
+    parser.add_argument("--model", default="shapes-unet", help="a zoo name or a folder")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps a run")
     parser.add_argument("--rounds", type=int, default=30, help="rounds the medians are of")
     parser.add_argument("--write", action="store_true", help=f"also write {README.name}")
     given = parser.parse_args()
-    setting = Setting(given.model or zoo.models()[0], given.steps, given.rounds)
+    setting = Setting(given.model, given.steps, given.rounds)
 
     warnings.filterwarnings("ignore")
     where = machine()
@@ -47,6 +46,7 @@ def measure(setting: Setting) -> Iterator[Row]:
         overhead.rows,
         patching.rows,
         gradients.rows,
+        attention.rows,
         first_image.rows,
         trees.rows,
         scrub_rate.rows,
