@@ -58,8 +58,8 @@ class Attention:
         run = _Run(self, session)
         run.attach()
         self._run = run
-        with _Intercept(run):
-            yield
+        session.rig.enter(_Intercept(run))
+        yield
 
     def deliver(self, record: Record) -> None:
         """Put the maps into the record."""

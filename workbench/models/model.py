@@ -85,7 +85,7 @@ class DiffusionModel(PipelineMethods):
         else:
             self._skeleton = Skeleton(str(model), automodel=automodel, **options)
             self._reference = str(model)
-        self._running: dict[str, object] = {}
+        self._running: dict[str, Session] = {}
         self._trace: Trace | None = None
         self.shapes: dict[str, str] = {}
         self.managers: dict[str, Any] = {}
@@ -267,7 +267,7 @@ class DiffusionModel(PipelineMethods):
         spec, call, rows = self._plan(prompt, seed, arguments)
         probes = () if graph is False else (Graph(graph, recompute=False),)
         session = Session(self._system(), call, spec, rows=rows, probes=probes)
-        return Trace(session, begin=self._begin, release=self._leave, finish=self._finish)
+        return Trace(session, begin=partial(self._begin, session), end=self._end, finish=self._finish)
 
     def trace(self, prompt: Any = None, *, seed: Seed = None, **arguments: Any) -> Trace:
         """Open a traced run of one step, unless ``num_inference_steps`` says otherwise."""
@@ -538,13 +538,13 @@ class DiffusionModel(PipelineMethods):
     def _finish(self, record: Record) -> None:
         record.model = self
 
-    def _begin(self, trace: Trace) -> None:
-        self._occupy(trace)
+    def _begin(self, session: Session, trace: Trace) -> None:
+        self._occupy(session)
         self._trace = trace
 
-    def _occupy(self, run: object) -> None:
+    def _occupy(self, session: Session) -> None:
         # Unlike a lock, a dict says whose the run is: an interrupt at any opcode can be tidied up after.
-        if self._running.setdefault("run", run) is not run:
+        if self._running.setdefault("run", session) is not session:
             raise BusyError(
                 "This model is already running. Wait for that run to end or stop it; two runs of one model "
                 "would mix their values."
@@ -553,10 +553,7 @@ class DiffusionModel(PipelineMethods):
     def _end(self, session: Session) -> None:
         """Leave nothing of a run on the model; called twice, for an interrupt in the first."""
         session.rig.sweep()
-        self._leave(session)
-
-    def _leave(self, run: object) -> None:
-        if self._running.get("run") is run:
+        if self._running.get("run") is session:
             self._trace = None
             del self._running["run"]
 

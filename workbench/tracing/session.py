@@ -120,6 +120,7 @@ class Session:
     def let_go(self) -> None:
         """Hold nothing in circles, after the run's end: what it kept then lives as long as its record."""
         self.rig.forget()
+        self.attached.clear()
         for told in (self.clock.started, self.clock.finished, self.clock.ticked):
             told.clear()
 
