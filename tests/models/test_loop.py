@@ -13,7 +13,14 @@ from PIL import Image
 import workbench as wb
 from tests import tiny
 from tests.watching import as_bytes, footprint
-from workbench.errors import BusyError, InputError, OutOfOrderError, TraceError, UnknownNameError
+from workbench.errors import (
+    BusyError,
+    GuardError,
+    InputError,
+    OutOfOrderError,
+    TraceError,
+    UnknownNameError,
+)
 from workbench.models import loop as loops
 from workbench.models import model as models
 from workbench.tracing import ambient, session
@@ -297,6 +304,50 @@ def test_an_interrupt_at_any_opcode_of_a_blocks_end_leaves_nothing():
         assert footprint(pipeline) == before, point
     with model.trace_loop(capture=[SITE]):
         pass
+
+
+def checkpointed():
+    """A loop that does not switch gradients off, and its parts, one of which computes blocks again."""
+    components = tiny.ddpm().components
+    unet, scheduler = components["unet"], components["scheduler"]
+    unet.enable_gradient_checkpointing()
+
+    def loop():
+        scheduler.set_timesteps(2)
+        sample = torch.randn(1, 3, 16, 16)
+        for t in scheduler.timesteps:
+            sample = scheduler.step(unet(sample, t).sample, t, sample).prev_sample
+        return sample
+
+    return loop, components
+
+
+def test_gradients_through_blocks_that_are_computed_again_are_refused_in_a_block():
+    loop, components = checkpointed()
+    model = wb.trace_loop(loop, components=components)
+    pipeline, said = (
+        SimpleNamespace(components=components),
+        r"unet.*disable_gradient_checkpointing\(\).*no_grad",
+    )
+    loop()
+    before = footprint(pipeline)
+    with pytest.raises(GuardError, match=said), model.trace_loop(capture=[SITE]):
+        loop()
+    with pytest.raises(GuardError, match=said):
+        model.record(capture=[SITE])
+    assert footprint(pipeline) == before
+    with torch.no_grad(), model.trace_loop(capture=[SITE]) as run:
+        loop()
+    assert len(run.record[SITE]) == 2
+    model.unet.module.disable_gradient_checkpointing()
+    silent = wb.Attach(SITE, module=torch.zeros_like)
+    for changes in ([], [silent]):
+        components["unet"].zero_grad()
+        with model.trace_loop(capture=[SITE], interventions=changes) as run:
+            loop().square().mean().backward()
+        assert len(run.record[SITE]) == 2
+        slope = components["unet"].mid_block.resnets[0].conv1.weight.grad
+        assert (slope is None or slope.abs().max() == 0) == bool(changes)
 
 
 # Which branch is which
