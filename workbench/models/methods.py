@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from workbench.errors import InputError, UnknownNameError, nearest
+from workbench.tracing.storage.disk import merged
 
 _ANOTHER_PIPELINE = ("from_", "load_config", "download", "get_config_dict", "extract_init_dict")
 """How the names begin of what makes or looks up another pipeline, and is no business of this one."""
@@ -73,11 +74,13 @@ class PipelineMethods(ABC):
         """Save the pipeline as a folder, which opens again.
 
         Args:
-            save_directory: the folder.
+            save_directory: the folder. What an earlier save left there is replaced when all is written, and
+                not before.
             **options: of diffusers: ``safe_serialization``, ``variant``, ``max_shard_size``, ….
 
         Raises:
             InputError: a component's weights lie in shards.
+            StoreError: it cannot be written; the folder is as it was.
         """
         parts = {name: part for name, part in self.components.items() if name in self.managers}
         sharded = [name for name, part in parts.items() if hasattr(part, "unshard")]
@@ -92,7 +95,11 @@ class PipelineMethods(ABC):
             for name, part in copies.items():
                 setattr(self.pipeline, name, part.module)
             if not copies or torch.distributed.get_rank() == 0:
-                self._method("save_pretrained")(save_directory, **options)
+                save, target = self._method("save_pretrained"), Path(save_directory)
+                if options.get("push_to_hub"):
+                    options.setdefault("repo_id", target.name)
+                with merged(target) as staging:
+                    save(str(staging), **options)
         finally:
             for name, part in copies.items():
                 setattr(self.pipeline, name, part)
