@@ -96,7 +96,7 @@ def test_a_value_is_not_there_before_a_run():
 def test_what_is_no_pipeline_is_refused_at_once(tmp_path):
     with pytest.raises(LoadError, match="no model_index"):
         DiffusionModel(tmp_path, dispatch=False)
-    with pytest.raises(LoadError, match="looked up"):
+    with pytest.raises(LoadError, match="fetched"):
         DiffusionModel("nobody/nothing", dispatch=False)
     with pytest.raises(UnknownNameError, match="shapes-unet"):
         DiffusionModel("shapes-unett", dispatch=False)
@@ -106,7 +106,7 @@ def test_weights_that_cannot_be_loaded_leave_the_tree(tmp_path):
     tiny.sd1().save_pretrained(tmp_path)
     model = DiffusionModel(tmp_path, dispatch=False)
     (next((tmp_path / "unet").glob("*.safetensors"))).write_bytes(b"no weights")
-    with pytest.raises(LoadError, match="could not be opened"):
+    with pytest.raises(LoadError, match="cannot be read"):
         model.dispatch()
     assert not model.dispatched
     assert model.unet.mid_block.path == "unet.mid_block"
@@ -136,7 +136,7 @@ def test_a_hub_repository_is_looked_up_without_its_weights(tmp_path, monkeypatch
     model = DiffusionModel("someone/shapes", dispatch=False, cache_dir=str(cache), local_files_only=True)
     assert model.reference == "someone/shapes"
     assert devices(model) == {"meta"}
-    with pytest.raises(LoadError, match="could not be opened"):
+    with pytest.raises(LoadError, match="vae has no safetensors file, so vae has no weights"):
         model.record(**RUN)
 
 
@@ -147,7 +147,7 @@ def test_the_tree_of_a_large_model_needs_no_weights(name, tmp_path):
     for part, parameters in large.PARAMETERS[name].items():
         assert nodes[part].parameters == parameters
     assert {node.device for node in nodes.values()} <= {"meta", ""}
-    with pytest.raises(LoadError, match="could not be opened"):
+    with pytest.raises(LoadError, match="has no weights"):
         model.dispatch()
     assert not model.dispatched
 
@@ -167,3 +167,11 @@ def test_folders_wait_for_their_first_use_and_the_zoo_does_not(folder):
         False,
         True,
     ]
+
+
+def test_a_class_that_chooses_another_has_the_tree_of_the_one_that_is_named(folder):
+    model = DiffusionModel(folder, automodel="AutoPipelineForText2Image")
+    assert list(model.denoisers) == ["transformer"]
+    assert not model.dispatched
+    model.dispatch()
+    assert model.automodel.__name__ == "StableDiffusion3Pipeline"

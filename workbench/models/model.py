@@ -20,10 +20,11 @@ from workbench.interventions.intervention import Intervention
 from workbench.models import arguments as checks
 from workbench.models import asked
 from workbench.models.asked import Captured
+from workbench.models.folder import loading_info
 from workbench.models.loading import fetched, load, locate, pipeline_class
 from workbench.models.loop import Block, Loop, unreached
 from workbench.models.methods import PipelineMethods, public
-from workbench.models.options import loading_info, renamed
+from workbench.models.options import renamed
 from workbench.models.proxy import Home, ModuleProxy, proxy
 from workbench.models.shapes import Shapes
 from workbench.models.skeleton import Skeleton
@@ -111,7 +112,8 @@ class DiffusionModel(PipelineMethods):
         Args:
             reference: a zoo name, a folder or a Hub id.
             return_cached_folder: also return the folder that the model was loaded from.
-            output_loading_info: also return, by component, ``missing_keys`` and ``unexpected_keys``.
+            output_loading_info: also return, by component, ``missing_keys`` and ``unexpected_keys``; a model
+                whose files lack some weights is then opened without them.
             parallel_scheme: by component, how it is spread over the ranks that ``torchrun`` started; see
                 `workbench.models.parallel.schemes`. The model then has ``managers``.
             device: where to move components; None is this rank's CUDA device, or the CPU.
@@ -138,6 +140,10 @@ class DiffusionModel(PipelineMethods):
             )
             model = cls(pipeline)
             model._reference, model.managers = str(reference), managers
+        elif output_loading_info:
+            pipeline, name = load(reference, whole=False, **options)
+            model = cls(pipeline)
+            model._reference = name
         else:
             model = cls(reference, **{"dispatch": True, **options})
         answers: list[Any] = [model]
