@@ -149,6 +149,19 @@ def full(hub: Hub, cache: Path) -> dict[str, Any]:
     return {**fault, "waiting": waiting, "latents": _latents(model)}
 
 
+def headers(hub: Hub, cache: Path) -> dict[str, Any]:
+    """Look at the dtypes of weights that are not fetched."""
+    model = DiffusionModel(NAME, cache_dir=str(cache), dtype="auto")
+    told = {name: part["as_is"] for name, part in model.memory().items()}
+    fetched = [str(file) for file in cache.rglob("*.safetensors")]
+    model.dispatch()
+    return {
+        "told": told,
+        "is": {name: part["as_is"] for name, part in model.memory().items()},
+        "fetched": fetched,
+    }
+
+
 def nobody(hub: Hub, cache: Path) -> dict[str, Any]:
     """Find no server at all, with a dispatched model and with one that waits for its weights."""
     hub.shutdown()
@@ -169,6 +182,6 @@ if __name__ == "__main__":
     from workbench.models.model import DiffusionModel
 
     found = {}
-    for function in (cut_off, cut_off_early, full, nobody):
+    for function in (cut_off, cut_off_early, full, headers, nobody):
         found[function.__name__] = function(hub, Path(sys.argv[2]) / function.__name__)
     (Path(sys.argv[2]) / "found.json").write_text(json.dumps(found))

@@ -175,3 +175,65 @@ def test_a_class_that_chooses_another_has_the_tree_of_the_one_that_is_named(fold
     assert not model.dispatched
     model.dispatch()
     assert model.automodel.__name__ == "StableDiffusion3Pipeline"
+
+
+# What loading would give
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """Pipelines whose parts are kept in dtypes of their own; classes of two of them keep some in float32."""
+    folder = tmp_path_factory.mktemp("mixed")
+    for name in ("sd1", "sd3", "wan"):
+        pipeline = tiny.CASES[name].build()
+        pipeline.text_encoder.half()
+        (pipeline.unet if name == "sd1" else pipeline.transformer).to(torch.bfloat16)
+        pipeline.save_pretrained(folder / name)
+    return folder
+
+
+def dtypes(model):
+    return {
+        f"{name}.{path}": each.dtype
+        for name, part in model.components.items()
+        if isinstance(part, torch.nn.Module)
+        for path, each in (*part.named_parameters(), *part.named_buffers())
+    }
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {},
+        {"dtype": "auto"},
+        {"torch_dtype": torch.float16},
+        {"dtype": "bfloat16"},
+        {"dtype": {"vae": torch.bfloat16, "default": torch.float16}},
+        {"dtype": {"text_encoder": "float16"}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["sd1", "sd3", "wan"])
+def test_the_tree_has_the_dtypes_that_loading_gives(mixed, name, asked):
+    model = DiffusionModel(mixed / name, **asked)
+    told, tree, memory = dtypes(model), [node.dtype for node in outline(model)], model.memory()
+    assert not model.dispatched
+    model.dispatch()
+    assert dtypes(model) == told
+    assert [node.dtype for node in outline(model)] == tree
+    assert model.memory() == memory
+    for part, bytes_of in memory.items():
+        weights = model.components[part]
+        assert bytes_of["as_is"] == sum(each.nbytes for each in (*weights.parameters(), *weights.buffers()))
+
+
+def test_the_dtypes_of_the_files_are_read_without_their_weights(mixed):
+    model = DiffusionModel(mixed / "sd1", dtype="auto")
+    nodes = {node.path: node.dtype for node in outline(model)}
+    assert (nodes["unet"], nodes["text_encoder"], nodes["vae"]) == ("bfloat16", "float16", "float32")
+    told = model.memory()
+    assert told["unet"]["as_is"] == told["unet"]["bfloat16"] < told["unet"]["float32"]
+    assert told["vae"]["as_is"] == told["vae"]["float32"]
+    assert devices(model) == {"meta"}
+    plain = DiffusionModel(mixed / "sd1").memory()
+    assert plain["unet"]["as_is"] == plain["unet"]["float32"]

@@ -74,6 +74,15 @@ def test_a_configuration_that_comes_half_is_no_model(found, latents):
     assert torch.equal(torch.tensor(met["latents"]), latents)
 
 
+def test_the_dtypes_of_weights_on_the_hub_are_known_before_they_are_fetched(found):
+    met = found[1]["headers"]
+    assert met["fetched"] == []
+    assert met["told"] == met["is"]
+    sizes = DiffusionModel(tiny.sd1()).memory()
+    assert met["told"]["unet"] == sizes["unet"]["float32"]
+    assert met["told"]["vae"] == sizes["vae"]["float16"]
+
+
 def test_no_server_at_all_is_said_whether_weights_are_asked_for_or_not(found):
     folder, faults = found
     for met in (faults["nobody"], faults["nobody"]["dispatched"]):

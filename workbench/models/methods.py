@@ -105,11 +105,12 @@ class PipelineMethods(ABC):
                 setattr(self.pipeline, name, part)
 
     def memory(self) -> dict[str, dict[str, int]]:
-        """Return what each component's weights take up, in bytes by dtype, loaded or not.
+        """Return what each component's weights take up, in bytes, loaded or not.
 
         Returns:
-            By component, ``float32``, ``bfloat16``, ``float16`` and ``int8``: what all its weights would take
-            in each; values that are no floating-point numbers count as they are.
+            By component, ``as_is``: what its weights take in the dtypes that they have, or will have when
+            they are loaded; and ``float32``, ``bfloat16``, ``float16`` and ``int8``: what all of them would
+            take in each. Values that are no floating-point numbers count as they are.
         """
         modules = {name: part for name, part in self.components.items() if isinstance(part, nn.Module)}
         return {name: memory_of(module) for name, module in modules.items()}
@@ -175,11 +176,12 @@ class PipelineMethods(ABC):
 
 
 def memory_of(module: nn.Module) -> dict[str, int]:
-    """Return what a module's weights would take up, in bytes by dtype."""
+    """Return what a module's weights take up as they are, and would in other dtypes, in bytes."""
     weights = [*module.parameters(), *module.buffers()]
     numbers = sum(each.numel() for each in weights if each.is_floating_point())
     fixed = sum(each.nbytes for each in weights if not each.is_floating_point())
-    return {str(dtype).removeprefix("torch."): numbers * dtype.itemsize + fixed for dtype in _DTYPES}
+    by_dtype = {str(dtype).removeprefix("torch."): numbers * dtype.itemsize + fixed for dtype in _DTYPES}
+    return {"as_is": sum(each.nbytes for each in weights), **by_dtype}
 
 
 def public(kind: type) -> list[str]:
