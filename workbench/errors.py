@@ -6,7 +6,7 @@
     ├── UnknownNameError      a name nobody knows: model, site, step, port, word; lists the nearest
     ├── InputError            a value that does not fit: empty prompt, wrong type, wrong range
     ├── LoadError             a folder, Hub id or file that cannot be opened as a pipeline
-    ├── StoreError            a folder that cannot be read, or written, as a record or a data set of ours
+    ├── StoreError            a folder that cannot be read as a record or a data set of ours, or written
     ├── TraceError            the run did not pass where it was asked to
     │   ├── OutOfOrderError   the value had already gone by, or was never reached
     │   └── ShapeError        a replacement whose shape or dtype does not fit; both are printed
@@ -41,7 +41,7 @@ class LoadError(WorkbenchError):
 
 
 class StoreError(WorkbenchError):
-    """A folder that cannot be read, or written, as a record or a data set of activations."""
+    """A folder that cannot be read as a record or a data set of activations, or cannot be written."""
 
 
 class TraceError(WorkbenchError):

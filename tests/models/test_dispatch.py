@@ -96,7 +96,7 @@ def test_a_value_is_not_there_before_a_run():
 def test_what_is_no_pipeline_is_refused_at_once(tmp_path):
     with pytest.raises(LoadError, match="no model_index"):
         DiffusionModel(tmp_path, dispatch=False)
-    with pytest.raises(LoadError, match="looked up"):
+    with pytest.raises(LoadError, match="fetched"):
         DiffusionModel("nobody/nothing", dispatch=False)
     with pytest.raises(UnknownNameError, match="shapes-unet"):
         DiffusionModel("shapes-unett", dispatch=False)
@@ -106,7 +106,7 @@ def test_weights_that_cannot_be_loaded_leave_the_tree(tmp_path):
     tiny.sd1().save_pretrained(tmp_path)
     model = DiffusionModel(tmp_path, dispatch=False)
     (next((tmp_path / "unet").glob("*.safetensors"))).write_bytes(b"no weights")
-    with pytest.raises(LoadError, match="could not be opened"):
+    with pytest.raises(LoadError, match="cannot be read"):
         model.dispatch()
     assert not model.dispatched
     assert model.unet.mid_block.path == "unet.mid_block"
@@ -136,7 +136,7 @@ def test_a_hub_repository_is_looked_up_without_its_weights(tmp_path, monkeypatch
     model = DiffusionModel("someone/shapes", dispatch=False, cache_dir=str(cache), local_files_only=True)
     assert model.reference == "someone/shapes"
     assert devices(model) == {"meta"}
-    with pytest.raises(LoadError, match="could not be opened"):
+    with pytest.raises(LoadError, match="vae has no safetensors file, so vae has no weights"):
         model.record(**RUN)
 
 
@@ -147,7 +147,7 @@ def test_the_tree_of_a_large_model_needs_no_weights(name, tmp_path):
     for part, parameters in large.PARAMETERS[name].items():
         assert nodes[part].parameters == parameters
     assert {node.device for node in nodes.values()} <= {"meta", ""}
-    with pytest.raises(LoadError, match="could not be opened"):
+    with pytest.raises(LoadError, match="has no weights"):
         model.dispatch()
     assert not model.dispatched
 
@@ -167,3 +167,73 @@ def test_folders_wait_for_their_first_use_and_the_zoo_does_not(folder):
         False,
         True,
     ]
+
+
+def test_a_class_that_chooses_another_has_the_tree_of_the_one_that_is_named(folder):
+    model = DiffusionModel(folder, automodel="AutoPipelineForText2Image")
+    assert list(model.denoisers) == ["transformer"]
+    assert not model.dispatched
+    model.dispatch()
+    assert model.automodel.__name__ == "StableDiffusion3Pipeline"
+
+
+# What loading would give
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """Pipelines whose parts are kept in dtypes of their own; classes of two of them keep some in float32."""
+    folder = tmp_path_factory.mktemp("mixed")
+    for name in ("sd1", "sd3", "wan"):
+        pipeline = tiny.CASES[name].build()
+        pipeline.text_encoder.half()
+        (pipeline.unet if name == "sd1" else pipeline.transformer).to(torch.bfloat16)
+        pipeline.save_pretrained(folder / name)
+    return folder
+
+
+def dtypes(model):
+    return {
+        f"{name}.{path}": each.dtype
+        for name, part in model.components.items()
+        if isinstance(part, torch.nn.Module)
+        for path, each in (*part.named_parameters(), *part.named_buffers())
+    }
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {},
+        {"dtype": "auto"},
+        {"torch_dtype": torch.float16},
+        {"dtype": "bfloat16"},
+        {"dtype": {"vae": torch.bfloat16, "default": torch.float16}},
+        {"dtype": {"text_encoder": "float16"}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["sd1", "sd3", "wan"])
+def test_the_tree_has_the_dtypes_that_loading_gives(mixed, name, asked):
+    model = DiffusionModel(mixed / name, **asked)
+    told, tree, memory = dtypes(model), [node.dtype for node in outline(model)], model.memory()
+    assert not model.dispatched
+    model.dispatch()
+    assert dtypes(model) == told
+    assert [node.dtype for node in outline(model)] == tree
+    assert model.memory() == memory
+    for part, bytes_of in memory.items():
+        weights = model.components[part]
+        assert bytes_of["as_is"] == sum(each.nbytes for each in (*weights.parameters(), *weights.buffers()))
+
+
+def test_the_dtypes_of_the_files_are_read_without_their_weights(mixed):
+    model = DiffusionModel(mixed / "sd1", dtype="auto")
+    nodes = {node.path: node.dtype for node in outline(model)}
+    assert (nodes["unet"], nodes["text_encoder"], nodes["vae"]) == ("bfloat16", "float16", "float32")
+    told = model.memory()
+    assert told["unet"]["as_is"] == told["unet"]["bfloat16"] < told["unet"]["float32"]
+    assert told["vae"]["as_is"] == told["vae"]["float32"]
+    assert devices(model) == {"meta"}
+    plain = DiffusionModel(mixed / "sd1").memory()
+    assert plain["unet"]["as_is"] == plain["unet"]["float32"]

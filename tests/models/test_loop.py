@@ -1,5 +1,8 @@
 """Loops written by hand: those of the tutorial that takes a pipeline apart, and what can go wrong."""
 
+import contextlib
+import dis
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +13,17 @@ from PIL import Image
 import workbench as wb
 from tests import tiny
 from tests.watching import as_bytes, footprint
-from workbench.errors import BusyError, InputError, OutOfOrderError, TraceError, UnknownNameError
+from workbench.errors import (
+    BusyError,
+    GuardError,
+    InputError,
+    OutOfOrderError,
+    TraceError,
+    UnknownNameError,
+)
+from workbench.models import loop as loops
+from workbench.models import model as models
+from workbench.tracing import ambient, session
 
 SITE = "unet.mid_block"
 
@@ -229,6 +242,112 @@ def test_a_block_that_fails_leaves_nothing_and_the_model_runs_again():
     with pytest.raises(TraceError, match="happens once"), run:
         pass
     assert model.record("a red circle", num_inference_steps=1).images
+
+
+LEAVING = {module.__file__ for module in (loops, models, session, ambient, contextlib)}
+EXIT = loops.Block.__exit__.__code__
+FIRST = min(entry.start for entry in dis.Bytecode(EXIT).exception_entries)
+"""Before its first ``try``, a function can do nothing about an interrupt."""
+
+
+class Interruption:
+    """An interrupt at one opcode of what happens when a block is left.
+
+    Args:
+        point: which opcode, of the code in `LEAVING`; None is none.
+
+    Attributes:
+        points: how many there were.
+    """
+
+    def __init__(self, point=None):
+        self.point, self.points, self.leaving = point, 0, False
+
+    def __enter__(self):
+        self.before = sys.gettrace()
+        sys.settrace(self.called)
+        return self
+
+    def __exit__(self, *_):
+        sys.settrace(self.before)
+
+    def called(self, frame, event, argument):
+        self.leaving |= frame.f_code is EXIT
+        if not self.leaving or frame.f_code.co_filename not in LEAVING:
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        return self.passed
+
+    def passed(self, frame, event, argument):
+        if event == "opcode" and (frame.f_code is not EXIT or frame.f_lasti >= FIRST):
+            if self.points == self.point:
+                raise KeyboardInterrupt
+            self.points += 1
+        return self.passed
+
+
+def test_an_interrupt_at_any_opcode_of_a_blocks_end_leaves_nothing():
+    pipeline = tiny.sd1()
+    model = wb.DiffusionModel(pipeline)
+    wanted = [SITE, wb.Attention(sites=[f"{SITE}.attentions.0.transformer_blocks.0.attn2"])]
+    before = footprint(pipeline)
+    with Interruption() as whole, model.trace_loop(capture=wanted):
+        assert footprint(pipeline) != before
+    assert whole.points > 300
+    kept = []
+    for point in (*range(60), *range(60, whole.points, 7)):
+        # What is held cannot be tidied up by the garbage collector.
+        kept.append(run := model.trace_loop(capture=wanted))
+        with pytest.raises(KeyboardInterrupt) as caught, Interruption(point), run:
+            pass
+        kept.append(caught)
+        assert footprint(pipeline) == before, point
+    with model.trace_loop(capture=[SITE]):
+        pass
+
+
+def checkpointed():
+    """A loop that does not switch gradients off, and its parts, one of which computes blocks again."""
+    components = tiny.ddpm().components
+    unet, scheduler = components["unet"], components["scheduler"]
+    unet.enable_gradient_checkpointing()
+
+    def loop():
+        scheduler.set_timesteps(2)
+        sample = torch.randn(1, 3, 16, 16)
+        for t in scheduler.timesteps:
+            sample = scheduler.step(unet(sample, t).sample, t, sample).prev_sample
+        return sample
+
+    return loop, components
+
+
+def test_gradients_through_blocks_that_are_computed_again_are_refused_in_a_block():
+    loop, components = checkpointed()
+    model = wb.trace_loop(loop, components=components)
+    pipeline, said = (
+        SimpleNamespace(components=components),
+        r"unet.*disable_gradient_checkpointing\(\).*no_grad",
+    )
+    loop()
+    before = footprint(pipeline)
+    with pytest.raises(GuardError, match=said), model.trace_loop(capture=[SITE]):
+        loop()
+    with pytest.raises(GuardError, match=said):
+        model.record(capture=[SITE])
+    assert footprint(pipeline) == before
+    with torch.no_grad(), model.trace_loop(capture=[SITE]) as run:
+        loop()
+    assert len(run.record[SITE]) == 2
+    model.unet.module.disable_gradient_checkpointing()
+    silent = wb.Attach(SITE, module=torch.zeros_like)
+    for changes in ([], [silent]):
+        components["unet"].zero_grad()
+        with model.trace_loop(capture=[SITE], interventions=changes) as run:
+            loop().square().mean().backward()
+        assert len(run.record[SITE]) == 2
+        slope = components["unet"].mid_block.resnets[0].conv1.weight.grad
+        assert (slope is None or slope.abs().max() == 0) == bool(changes)
 
 
 # Which branch is which

@@ -99,7 +99,11 @@ def around_a_loop(scene):
     generator = torch.Generator().manual_seed(0)
     asked = {name: given for name, given in scene.arguments.items() if name != "seed"}
     patch = Patch(scene.site, source=scene.source)
-    with scene.model.trace_loop(asked["prompt"], capture=[scene.site], interventions=[patch]):
+    # Held, so that what the block leaves is not tidied up by the garbage collector.
+    scene.block = scene.model.trace_loop(
+        asked["prompt"], capture=[scene.site, Attention()], interventions=[patch]
+    )
+    with scene.block:
         scene.pipeline(**asked, generator=generator)
 
 

@@ -65,8 +65,8 @@ class Run:
         """Watch the attention layers of the run."""
         self._watch = Watch(self.session, self.asked.sites, entered=self._entered)
         self.session.clock.finished.append(lambda _row, _output: self._check_plan())
-        with self._watch.looking(self._look):
-            yield
+        self.session.rig.enter(self._watch.looking(self._look))
+        yield
 
     def maps(self) -> AttentionMaps:
         """Return what was kept.

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -199,8 +200,8 @@ class ConceptReader:
             firsts.setdefault(path.partition(".")[0], path)
         for path in firsts.values():
             self._watch_first(session, watch, path, known[path])
-        with watch.looking(lambda scope, handed, compute: self._look(session, watch, scope, handed, compute)):
-            yield
+        session.rig.enter(watch.looking(partial(self._look, session, watch)))
+        yield
 
     def deliver(self, record: Record) -> None:
         """Nothing: what was read stays here."""

@@ -59,7 +59,7 @@ class Watch:
         self._attach(sites)
 
     def looking(self, look: Look) -> TorchFunctionMode:
-        """Return the context in which each attention call of the layers is shown to ``look``."""
+        """Return the mode in which each attention call of the layers is shown to ``look``."""
         return _Looking(self._stack, look)
 
     def words(self, length: int, sample: int = 0) -> list[Word]:

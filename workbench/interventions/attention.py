@@ -52,8 +52,8 @@ class AttentionEdit(Intervention):
     def watching(self, session: Session) -> Iterator[None]:
         """Edit the attention layers of a run."""
         acting = _Acting(self, session)
-        with acting.watch.looking(acting.look):
-            yield
+        session.rig.enter(acting.watch.looking(acting.look))
+        yield
         acting.check()
 
     def deliver(self, record: Record) -> None:

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from torch import nn
 
 from workbench import zoo
 from workbench.errors import InputError, LoadError, UnknownNameError, WorkbenchError, nearest
 from workbench.models import options
+from workbench.models.folder import INDEX, check_parts, kept_dtypes, lacking, part_classes, read_index
 from workbench.models.quiet import quiet_load
 
 
-def load(reference: Any, *, automodel: Any = None, **asked: Any) -> tuple[Any, str]:
+def load(reference: Any, *, automodel: Any = None, whole: bool = True, **asked: Any) -> tuple[Any, str]:
     """Open a diffusion pipeline.
 
     Args:
         reference: a zoo name (``shapes-unet``), a folder, a Hub id (``owner/name``), or a live
             ``DiffusionPipeline``, which is used as it is.
         automodel: the class to open it with, or its name in diffusers; None is ``DiffusionPipeline``.
+        whole: refuse files that lack some of the weights.
         **asked: options of ``from_pretrained``, by name; see `workbench.models.options`.
 
     Returns:
@@ -35,7 +38,8 @@ def load(reference: Any, *, automodel: Any = None, **asked: Any) -> tuple[Any, s
     """
     if isinstance(reference, (str, Path)):
         with quiet_load() if reference in zoo.models() else nullcontext():
-            return from_pretrained(pipeline_class(automodel), locate(str(reference)), asked), str(reference)
+            pipeline = from_pretrained(pipeline_class(automodel), locate(str(reference)), asked, whole=whole)
+            return pipeline, str(reference)
     if callable(reference) and hasattr(reference, "components"):
         if asked:
             raise InputError(f"A live pipeline is used as it is; {', '.join(asked)} cannot change it.")
@@ -53,7 +57,7 @@ def locate(reference: str) -> str:
     named = bool(reference.strip())
     path = Path(reference).expanduser()
     if named and path.is_dir():
-        _check_folder(path)
+        read_index(path)
         return str(path)
     if named and path.exists():
         raise LoadError(f"{path} is a file; give the folder of a pipeline, the one with model_index.json.")
@@ -63,19 +67,6 @@ def locate(reference: str) -> str:
         f"No model {reference!r}: no zoo model, no folder, no Hub id (owner/name) is called that."
         f"{nearest(reference, zoo.models())}"
     )
-
-
-def _check_folder(path: Path) -> None:
-    index = path / "model_index.json"
-    if not index.is_file():
-        inside = ", ".join(sorted(item.name for item in path.iterdir())[:6]) or "nothing"
-        raise LoadError(f"{path} is no pipeline: it has no model_index.json, only {inside}.")
-    try:
-        named = json.loads(index.read_text())
-    except (OSError, ValueError) as error:
-        raise LoadError(f"{index} cannot be read: {error}") from error
-    if not isinstance(named, dict) or "_class_name" not in named:
-        raise LoadError(f"{index} names no pipeline class (_class_name).")
 
 
 def pipeline_class(automodel: Any) -> Any:
@@ -124,6 +115,64 @@ def dtype_of(given: torch.dtype | str) -> torch.dtype:
     return given
 
 
+def dtypes_of(
+    given: Any, folder: Path, parts: Collection[str], variant: str | None
+) -> Mapping[str, torch.dtype | None]:
+    """Return in which dtype each part's weights are loaded, with ``default`` for those that are not named.
+
+    Args:
+        given: a dtype or its name; of each part its own; ``"auto"`` for that of the files; None leaves it to
+            each part's library.
+        folder: the pipeline's.
+        parts: the names that there are.
+        variant: of the files.
+
+    Raises:
+        UnknownNameError: torch has no such dtype, or the pipeline no such part.
+        InputError: no floating dtype.
+    """
+    if given is None:
+        return {"default": None}
+    if given == "auto":
+        return kept_dtypes(folder, variant)
+    if not isinstance(given, Mapping):
+        return {"default": dtype_of(given)}
+    found = {}
+    for name, each in given.items():
+        known = [*(each for each in parts if not each.startswith("_")), "default"]
+        if name not in known:
+            raise UnknownNameError(f"dtype: {folder} has no component {name!r}.{nearest(str(name), known)}")
+        try:
+            found[name] = dtype_of(each)
+        except WorkbenchError as error:
+            raise type(error)(f"dtype of {name}: {error}") from None
+    return {"default": torch.float32, **found}
+
+
+def opened_class(folder: Path, index: Mapping[str, Any], kind: Any) -> Any:
+    """Return the pipeline class that a folder is opened as.
+
+    Args:
+        folder: the pipeline's.
+        index: as `read_index` returns it.
+        kind: what `pipeline_class` returned; if that chooses another, the index says which.
+
+    Raises:
+        LoadError, UnknownNameError, InputError: the index names no pipeline of diffusers.
+    """
+    base = pipeline_class(None)
+    if kind is not base and not options.chooses(kind):
+        return kind
+    named = index["_class_name"]
+    try:
+        found = pipeline_class(named if isinstance(named, str) else repr(named))
+    except WorkbenchError as error:
+        raise type(error)(f"{folder / INDEX}: {error}") from None
+    if not issubclass(found, base):
+        raise LoadError(f"{folder / INDEX} names {named}, which is no pipeline.")
+    return found
+
+
 def fetched(kind: Any, found: str, asked: Mapping[str, Any]) -> Path:
     """Return the folder of a pipeline; one on the Hub is downloaded, or found where it was before.
 
@@ -131,47 +180,110 @@ def fetched(kind: Any, found: str, asked: Mapping[str, Any]) -> Path:
         kind: the pipeline class.
         found: what `locate` returned.
         asked: options of ``from_pretrained``.
+
+    Raises:
+        LoadError: it cannot be fetched.
     """
     if Path(found).is_dir():
         return Path(found)
-    known = ("variant", "use_safetensors", "custom_pipeline", "trust_remote_code")
-    others = {name: asked[name] for name in known if name in asked}
     fetch = getattr(kind, "download", None) or pipeline_class(None).download
-    return Path(fetch(found, **options.asked_of_hub(asked), **others))
+    try:
+        return Path(fetch(found, **asked))
+    except Exception as error:
+        raise LoadError(options.unfetched(found, asked, error, _lack(kind, found, asked))) from error
 
 
-def from_pretrained(kind: Any, folder: str, asked: Mapping[str, Any]) -> Any:
+def _lack(kind: Any, found: str, asked: Mapping[str, Any]) -> str:
+    """Say which parts of a repository the Hub's cache lacks, if it has the index."""
+    index = try_to_load_from_cache(found, INDEX, asked.get("cache_dir"), asked.get("revision"))
+    if not isinstance(index, str):
+        return ""
+    folder, lost = Path(index).parent, []
+    try:
+        for name, cls in _classes(kind, folder, asked).items():
+            try:
+                _check(folder, {name: cls}, asked)
+            except LoadError:
+                lost.append(name)
+    except WorkbenchError:
+        return ""
+    return f"\nNot all is in {folder} of {', '.join(lost)}." if lost else ""
+
+
+def check_folder(kind: Any, folder: Path, asked: Mapping[str, Any]) -> tuple[str, ...]:
+    """Refuse a folder of which something is missing, before any of its weights is read.
+
+    Args:
+        kind: the pipeline class.
+        folder: the pipeline's.
+        asked: options of ``from_pretrained``, with the parts that are given.
+
+    Returns:
+        The names of the parts that are not given.
+
+    Raises:
+        LoadError: with the part and its file.
+        UnknownNameError, InputError: the folder names no pipeline of diffusers.
+    """
+    classes = _classes(kind, folder, asked)
+    _check(folder, classes, asked)
+    return tuple(classes)
+
+
+def _classes(kind: Any, folder: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
+    index = read_index(folder)
+    return part_classes(folder, index, opened_class(folder, index, kind), given=asked)
+
+
+def _check(folder: Path, classes: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    others = not asked.get("use_safetensors", True) or bool(asked.get("use_flashpack"))
+    check_parts(folder, classes, variant=asked.get("variant"), pickled=others)
+
+
+def from_pretrained(kind: Any, reference: str, asked: Mapping[str, Any], *, whole: bool = True) -> Any:
     """Open a pipeline with its weights, with every check of its options.
 
     Args:
         kind: the pipeline class.
-        folder: what `locate` returned.
+        reference: what `locate` returned.
         asked: options of ``from_pretrained``.
+        whole: refuse files that lack some of the weights.
 
     Raises:
         LoadError: it cannot be opened.
         UnknownNameError, InputError: options that do not fit.
     """
     asked = {"use_safetensors": True, **options.renamed(asked)}
+    options.check(kind, reference, asked)
+    folder = fetched(kind, reference, asked)
+    index = read_index(folder)
+    # Code that comes with a folder can make anything of its parts.
+    known = () if asked.get("trust_remote_code") else check_folder(kind, folder, asked)
+    if asked.get("dtype") is not None:
+        asked["dtype"] = dtypes_of(asked["dtype"], folder, index, asked.get("variant"))
     try:
-        options.check(kind, folder, asked)
-        if asked.get("dtype") == "auto":
-            folder = str(fetched(kind, folder, asked))
-            asked["dtype"] = options.kept_dtypes(Path(folder), asked.get("variant"))
-        elif isinstance(asked.get("dtype"), Mapping):
-            asked["dtype"] = {name: dtype_of(each) for name, each in asked["dtype"].items()}
-        elif asked.get("dtype") is not None:
-            asked["dtype"] = dtype_of(asked["dtype"])
-        return _named(kind, folder, asked).from_pretrained(folder, **asked)
-    except WorkbenchError:
-        raise
-    except (OSError, ValueError, AttributeError, TypeError, ImportError, RuntimeError, KeyError) as error:
-        raise LoadError(
-            f"{folder} could not be opened as a pipeline: {error}{_pickled(folder, asked)}"
-        ) from error
+        pipeline = _named(kind, index, asked).from_pretrained(str(folder), **asked)
+    except Exception as error:
+        raise LoadError(f"{folder} could not be opened as a pipeline: {error}") from error
+    if whole and asked.get("device_map") is None:
+        _check_weights(pipeline, folder, known)
+    return pipeline
 
 
-def _named(kind: Any, folder: str, asked: Mapping[str, Any]) -> Any:
+def _check_weights(pipeline: Any, folder: Path, names: Collection[str]) -> None:
+    """Refuse weights that the files lack: diffusers leaves them out, and transformers makes some up."""
+    for name in names:
+        part = getattr(pipeline, name, None)
+        lost = lacking(part) if isinstance(part, nn.Module) else []
+        if lost:
+            more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+            raise LoadError(
+                f"{folder / name} lacks weights of {name}: {', '.join(lost[:3])}{more}. Copy or download it "
+                "again."
+            )
+
+
+def _named(kind: Any, index: Mapping[str, Any], asked: Mapping[str, Any]) -> Any:
     """Return the class that a folder names, where parts are given by name and it is one of diffusers.
 
     ``DiffusionPipeline`` itself does not know which parts of that class are optional, and would load those
@@ -181,17 +293,5 @@ def _named(kind: Any, folder: str, asked: Mapping[str, Any]) -> Any:
 
     if kind is not diffusers.DiffusionPipeline or "custom_pipeline" in asked:
         return kind
-    index = options.index_of(folder, asked)
     named, given = index.get("_class_name"), any(isinstance(index.get(name), list) for name in asked)
     return getattr(diffusers, named, kind) if given and isinstance(named, str) else kind
-
-
-def _pickled(folder: str, asked: Mapping[str, Any]) -> str:
-    """Say what to do where the weights are there as pickles only."""
-    files = sorted(Path(folder).glob("*/*.bin")) if asked["use_safetensors"] else []
-    if not files or any(files[0].parent.glob("*.safetensors")):
-        return ""
-    return (
-        f"\n{files[0].parent.name} has its weights as a pickle, which can run code when it is loaded. If you "
-        "trust it, say so: use_safetensors=False."
-    )

@@ -145,7 +145,7 @@ class Block:
             self._watching.__enter__()
             return self
         except BaseException:
-            self._end(self._session)
+            self._leave()
             raise
 
     def __exit__(
@@ -155,11 +155,17 @@ class Block:
             try:
                 self._watching.__exit__(kind, error, trace)
             finally:
-                self._end(self._session)
+                self._leave()
         finally:
-            self._end(self._session)
+            self._leave()
+        self._session.let_go()
         if kind is None:
             self._finish(self.record)
+
+    def _leave(self) -> None:
+        """Leave nothing of this run behind; called twice, for an interrupt in the first."""
+        self._watching.gen.close()
+        self._end(self._session)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from workbench.errors import InputError, UnknownNameError, nearest
+from workbench.tracing.storage.disk import merged
 
 _ANOTHER_PIPELINE = ("from_", "load_config", "download", "get_config_dict", "extract_init_dict")
 """How the names begin of what makes or looks up another pipeline, and is no business of this one."""
@@ -73,11 +74,13 @@ class PipelineMethods(ABC):
         """Save the pipeline as a folder, which opens again.
 
         Args:
-            save_directory: the folder.
+            save_directory: the folder. What an earlier save left there is replaced when all is written, and
+                not before.
             **options: of diffusers: ``safe_serialization``, ``variant``, ``max_shard_size``, ….
 
         Raises:
             InputError: a component's weights lie in shards.
+            StoreError: it cannot be written; the folder is as it was.
         """
         parts = {name: part for name, part in self.components.items() if name in self.managers}
         sharded = [name for name, part in parts.items() if hasattr(part, "unshard")]
@@ -92,17 +95,22 @@ class PipelineMethods(ABC):
             for name, part in copies.items():
                 setattr(self.pipeline, name, part.module)
             if not copies or torch.distributed.get_rank() == 0:
-                self._method("save_pretrained")(save_directory, **options)
+                save, target = self._method("save_pretrained"), Path(save_directory)
+                if options.get("push_to_hub"):
+                    options.setdefault("repo_id", target.name)
+                with merged(target) as staging:
+                    save(str(staging), **options)
         finally:
             for name, part in copies.items():
                 setattr(self.pipeline, name, part)
 
     def memory(self) -> dict[str, dict[str, int]]:
-        """Return what each component's weights take up, in bytes by dtype, loaded or not.
+        """Return what each component's weights take up, in bytes, loaded or not.
 
         Returns:
-            By component, ``float32``, ``bfloat16``, ``float16`` and ``int8``: what all its weights would take
-            in each; values that are no floating-point numbers count as they are.
+            By component, ``as_is``: what its weights take in the dtypes that they have, or will have when
+            they are loaded; and ``float32``, ``bfloat16``, ``float16`` and ``int8``: what all of them would
+            take in each. Values that are no floating-point numbers count as they are.
         """
         modules = {name: part for name, part in self.components.items() if isinstance(part, nn.Module)}
         return {name: memory_of(module) for name, module in modules.items()}
@@ -168,11 +176,12 @@ class PipelineMethods(ABC):
 
 
 def memory_of(module: nn.Module) -> dict[str, int]:
-    """Return what a module's weights would take up, in bytes by dtype."""
+    """Return what a module's weights take up as they are, and would in other dtypes, in bytes."""
     weights = [*module.parameters(), *module.buffers()]
     numbers = sum(each.numel() for each in weights if each.is_floating_point())
     fixed = sum(each.nbytes for each in weights if not each.is_floating_point())
-    return {str(dtype).removeprefix("torch."): numbers * dtype.itemsize + fixed for dtype in _DTYPES}
+    by_dtype = {str(dtype).removeprefix("torch."): numbers * dtype.itemsize + fixed for dtype in _DTYPES}
+    return {"as_is": sum(each.nbytes for each in weights), **by_dtype}
 
 
 def public(kind: type) -> list[str]:

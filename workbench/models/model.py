@@ -20,11 +20,12 @@ from workbench.interventions.intervention import Intervention
 from workbench.models import arguments as checks
 from workbench.models import asked
 from workbench.models.asked import Captured
+from workbench.models.folder import loading_info
 from workbench.models.loading import fetched, load, locate, pipeline_class
 from workbench.models.looking import Looking
 from workbench.models.loop import Block, Loop, unreached
 from workbench.models.methods import PipelineMethods, public
-from workbench.models.options import loading_info, renamed
+from workbench.models.options import renamed
 from workbench.models.proxy import Home, ModuleProxy, proxy
 from workbench.models.shapes import Shapes
 from workbench.models.skeleton import Skeleton
@@ -86,7 +87,7 @@ class DiffusionModel(Looking, PipelineMethods):
         else:
             self._skeleton = Skeleton(str(model), automodel=automodel, **options)
             self._reference = str(model)
-        self._running: dict[str, object] = {}
+        self._running: dict[str, Session] = {}
         self._trace: Trace | None = None
         self.shapes: dict[str, str] = {}
         self.managers: dict[str, Any] = {}
@@ -112,7 +113,8 @@ class DiffusionModel(Looking, PipelineMethods):
         Args:
             reference: a zoo name, a folder or a Hub id.
             return_cached_folder: also return the folder that the model was loaded from.
-            output_loading_info: also return, by component, ``missing_keys`` and ``unexpected_keys``.
+            output_loading_info: also return, by component, ``missing_keys`` and ``unexpected_keys``; a model
+                whose files lack some weights is then opened without them.
             parallel_scheme: by component, how it is spread over the ranks that ``torchrun`` started; see
                 `workbench.models.parallel.schemes`. The model then has ``managers``.
             device: where to move components; None is this rank's CUDA device, or the CPU.
@@ -139,6 +141,10 @@ class DiffusionModel(Looking, PipelineMethods):
             )
             model = cls(pipeline)
             model._reference, model.managers = str(reference), managers
+        elif output_loading_info:
+            pipeline, name = load(reference, whole=False, **options)
+            model = cls(pipeline)
+            model._reference = name
         else:
             model = cls(reference, **{"dispatch": True, **options})
         answers: list[Any] = [model]
@@ -273,7 +279,7 @@ class DiffusionModel(Looking, PipelineMethods):
         spec, call, rows = self._plan(prompt, seed, arguments)
         probes = () if graph is False else (Graph(graph, recompute=False),)
         session = Session(self._system(), call, spec, rows=rows, probes=probes)
-        return Trace(session, begin=self._begin, release=self._leave, finish=self._finish)
+        return Trace(session, begin=partial(self._begin, session), end=self._end, finish=self._finish)
 
     def trace(self, prompt: Any = None, *, seed: Seed = None, **arguments: Any) -> Trace:
         """Open a traced run of one step, unless ``num_inference_steps`` says otherwise."""
@@ -544,13 +550,13 @@ class DiffusionModel(Looking, PipelineMethods):
     def _finish(self, record: Record) -> None:
         record.model = self
 
-    def _begin(self, trace: Trace) -> None:
-        self._occupy(trace)
+    def _begin(self, session: Session, trace: Trace) -> None:
+        self._occupy(session)
         self._trace = trace
 
-    def _occupy(self, run: object) -> None:
+    def _occupy(self, session: Session) -> None:
         # Unlike a lock, a dict says whose the run is: an interrupt at any opcode can be tidied up after.
-        if self._running.setdefault("run", run) is not run:
+        if self._running.setdefault("run", session) is not session:
             raise BusyError(
                 "This model is already running. Wait for that run to end or stop it; two runs of one model "
                 "would mix their values."
@@ -559,10 +565,7 @@ class DiffusionModel(Looking, PipelineMethods):
     def _end(self, session: Session) -> None:
         """Leave nothing of a run on the model; called twice, for an interrupt in the first."""
         session.rig.sweep()
-        self._leave(session)
-
-    def _leave(self, run: object) -> None:
-        if self._running.get("run") is run:
+        if self._running.get("run") is session:
             self._trace = None
             del self._running["run"]
 

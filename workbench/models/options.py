@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import inspect
-import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from huggingface_hub import hf_hub_download
-from safetensors import safe_open
-from torch import nn
+from huggingface_hub import snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE
 
-from workbench.errors import InputError, UnknownNameError, nearest
+from workbench.errors import InputError, LoadError, UnknownNameError, nearest
+from workbench.models.folder import INDEX, read_index
 
 _HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
@@ -46,7 +44,7 @@ _WITHOUT_EFFECT = {
     "mirror": "set HF_ENDPOINT in the environment for another server",
     "resume_download": "a download that was cut off is always gone on with",
 }
-_INDEX = "model_index.json"
+_TEXTS = ("*.json", "*.txt", "*.model", "*.py")
 _RETURNS = ("output_loading_info", "return_cached_folder")
 
 
@@ -105,52 +103,48 @@ def check(kind: Any, folder: str, options: Mapping[str, Any]) -> None:
                 f"{folder} brings Python code of its own, which loading would run. If you trust it, say so: "
                 "trust_remote_code=True."
             )
-    if custom is None and isinstance(named, str) and not _takes_all(kind):
+    if custom is None and isinstance(named, str) and not chooses(kind):
         known = [*_KNOWN, *_parts_of(kind, named)]
         for name in options:
             if name not in known:
                 raise UnknownNameError(f"{named} takes no option {name!r}.{nearest(name, known)}")
 
 
-def kept_dtypes(folder: Path, variant: str | None) -> dict[str, torch.dtype]:
-    """Return in which dtype each component's weights are kept, with ``default`` for the others."""
-    found = {"default": torch.float32}
-    for part in sorted(each for each in folder.iterdir() if each.is_dir()):
-        dtypes = [dtype for file in weight_files(part, variant) if (dtype := _dtype(file)) is not None]
-        if dtypes:
-            found[part.name] = dtypes[0]
-    return found
-
-
-def loading_info(
-    folder: Path, components: Mapping[str, Any], variant: str | None = None
-) -> dict[str, dict[str, list[str]]]:
-    """Return by component which weights the files lack and which they have too many."""
-    info: dict[str, dict[str, list[str]]] = {}
-    for name, part in components.items():
-        files = weight_files(folder / name, variant)
-        if not isinstance(part, nn.Module) or not files:
-            continue
-        kept = {key for file in files for key in _keys(file)}
-        own = part.state_dict()
-        # Tied weights are kept once, under one of their names.
-        there = {own[key].data_ptr() for key in kept & own.keys()}
-        missing = sorted(key for key in own.keys() - kept if own[key].data_ptr() not in there)
-        info[name] = {"missing_keys": missing, "unexpected_keys": sorted(kept - own.keys())}
-    return info
-
-
 def index_of(folder: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a pipeline's index; empty where it cannot be fetched, which loading will say."""
-    path = Path(folder) / _INDEX
-    if not Path(folder).is_dir():
-        try:
-            path = Path(hf_hub_download(folder, _INDEX, **asked_of_hub(options)))
-        except (OSError, ValueError, TypeError):
-            # What cannot be fetched is said by the loading itself.
-            return {}
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    """Return the index of a pipeline in a folder or on the Hub.
+
+    Raises:
+        LoadError: it is not there, cannot be fetched or cannot be read.
+    """
+    return read_index(texts(folder, options, [INDEX]))
+
+
+def texts(found: str, options: Mapping[str, Any], patterns: Sequence[str] = _TEXTS) -> Path:
+    """Return the folder of a pipeline; of one on the Hub, only its configurations are fetched.
+
+    Args:
+        found: a folder or a Hub id.
+        options: of ``from_pretrained``.
+        patterns: of the files to fetch.
+
+    Raises:
+        LoadError: they cannot be fetched.
+    """
+    if Path(found).is_dir():
+        return Path(found)
+    try:
+        return Path(snapshot_download(found, allow_patterns=[*patterns], **asked_of_hub(options)))
+    except Exception as error:
+        raise LoadError(unfetched(found, options, error)) from error
+
+
+def unfetched(found: str, options: Mapping[str, Any], error: Exception, lack: str = "") -> str:
+    """Say why a repository could not be fetched, what is lacking of it, and what can be done."""
+    cache, said = options.get("cache_dir") or HF_HUB_CACHE, str(error) or type(error).__name__
+    return (
+        f"{found} could not be fetched into {cache}: {said}{lack}\nWhat is there is kept: try again, with a "
+        "network and room on the disk, or with another cache_dir=…."
+    )
 
 
 def _own_code(folder: str, name: str, entry: Any) -> bool:
@@ -160,7 +154,7 @@ def _own_code(folder: str, name: str, entry: Any) -> bool:
     return (Path(folder) / name / f"{entry[0]}.py").is_file()
 
 
-def _takes_all(kind: Any) -> bool:
+def chooses(kind: Any) -> bool:
     """Whether a class chooses another by its options, as ``AutoPipelineForText2Image`` does."""
     return "kwargs" in inspect.signature(kind).parameters
 
@@ -170,27 +164,3 @@ def _parts_of(kind: Any, named: str) -> tuple[str, ...]:
 
     classes = (getattr(diffusers, named, kind), kind)
     return tuple(name for each in classes for name in inspect.signature(each).parameters)
-
-
-def weight_files(part: Path, variant: str | None = None) -> list[Path]:
-    """Return a component's files of weights: the variant's where there are some, else the plain ones."""
-    files = sorted(part.glob("*.safetensors"))
-    plain = [file for file in files if file.name.count(".") == 1]
-    return [file for file in files if variant is not None and f".{variant}" in file.name] or plain
-
-
-def _dtype(file: Path) -> torch.dtype | None:
-    with safe_open(file, framework="pt") as weights:
-        for key in weights.keys():  # noqa: SIM118 - it is no mapping
-            dtype = weights.get_slice(key).get_dtype()
-            if dtype in _DTYPES:
-                return _DTYPES[dtype]
-    return None
-
-
-def _keys(file: Path) -> Iterator[str]:
-    with safe_open(file, framework="pt") as weights:
-        yield from weights.keys()
-
-
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,19 @@ def _function_modes() -> list[Any]:
 
 def _dispatch_modes() -> list[Any]:
     return list(dispatch._get_current_dispatch_mode_stack())
+
+
+def drop_modes(modes: Sequence[Any]) -> None:
+    """Take torch function modes off the thread's stack, wherever on it they are."""
+    above: list[Any] = []
+    try:
+        while any(mode in modes for mode in _function_modes()):
+            top = _pop_mode()  # type: ignore[no-untyped-call]
+            if top not in modes:
+                above.append(top)
+    finally:
+        for mode in reversed(above):
+            _push_mode(mode)  # type: ignore[no-untyped-call]
 
 
 @dataclass

@@ -45,9 +45,9 @@ class Graph:
             for owner, name in _costly(session):
                 session.rig.wrap(owner, name, partial(_recomputed, session))
         before = torch.is_grad_enabled()
+        session.rig.enter(_Leaving())
         try:
-            with _Leaving():
-                yield
+            yield
         finally:
             torch.set_grad_enabled(before)
 

@@ -26,7 +26,8 @@ layer, *forks* is `Record.fork`.
 | modular pipeline | works | works | works | components and scheduler are the same |
 
 Derivatives are refused under gradient checkpointing: it computes parts of a call again on the way back, when
-nothing of the run is there to make its changes.
+nothing of the run is there to make its changes. A loop written by hand may take them itself, so there it is a
+call with gradients on that is refused.
 
 A cached denoiser cannot be forked since replay stands in for its forward, and the cache would lack what
 the repeated steps put there.
@@ -148,7 +149,8 @@ def check_graph(denoisers: Mapping[str, nn.Module]) -> None:
             raise GuardError(
                 f"{name} has gradient checkpointing on: on the way back it would compute its blocks again "
                 "without the run's changes. `DiffusionModel.gradient` saves memory by itself. Switch it off: "
-                f"model.{name}.module.disable_gradient_checkpointing()."
+                f"model.{name}.module.disable_gradient_checkpointing(). A loop of your own that takes no "
+                "derivatives can also call it under torch.no_grad()."
             )
 
 

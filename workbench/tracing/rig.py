@@ -2,6 +2,7 @@
 
 Each hook and wrapped method is an object that names its owner. A rig notes a target *before* it
 touches it and sweeps by owner, so that an interrupt between any two opcodes leaves nothing behind.
+So it is with torch's function modes, which are on no model but on the thread.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from workbench.tracing.ambient import drop_modes
 
 T = TypeVar("T")
 
@@ -97,6 +101,7 @@ class Rig:
         self._wrapped: list[tuple[Any, str]] = []
         self._calls: dict[tuple[int, str], _Calls] = {}
         self._beside: dict[tuple[int, type[Any]], Any] = {}
+        self._modes: list[TorchFunctionMode] = []
 
     def before(self, target: Target, hook: Before, *, last: bool = False) -> Owned:
         """Call ``hook(owner, args, kwargs)`` before each forward of a module, or each call of a method."""
@@ -140,6 +145,11 @@ class Rig:
         calls = self._calls.get((id(method.owner), method.name))
         return calls is not None and bool(calls.before or calls.after)
 
+    def enter(self, mode: TorchFunctionMode) -> None:
+        """Have a mode see every call of torch in this thread until the sweep."""
+        self._modes.append(mode)
+        mode.__enter__()  # type: ignore[no-untyped-call]
+
     def drop(self, owned: Owned) -> None:
         """Take one hook off."""
         if owned.table is not None and owned in owned.table:
@@ -148,7 +158,8 @@ class Rig:
             _remove(owned.target, lambda hook: hook is owned)
 
     def sweep(self) -> None:
-        """Take off every hook and wrapped method of this rig; safe to call again."""
+        """Take off every hook, wrapped method and mode of this rig; safe to call again."""
+        drop_modes(self._modes)
         for module in self._modules:
             _remove(module, lambda hook: isinstance(hook, Owned) and hook.owner is self)
         for target, name in reversed(self._wrapped):
@@ -168,6 +179,7 @@ class Rig:
             calls.after.clear()
         self._modules.clear()
         self._wrapped.clear()
+        self._modes.clear()
         self._calls.clear()
         self._beside.clear()
 

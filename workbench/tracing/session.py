@@ -12,7 +12,7 @@ import torch
 
 from workbench.errors import InputError, OutOfOrderError, RunStopped
 from workbench.tracing.clock import Clock, Tick
-from workbench.tracing.guards import check, check_denoisers
+from workbench.tracing.guards import check, check_denoisers, check_graph
 from workbench.tracing.ledger import Row
 from workbench.tracing.ports import hook_port
 from workbench.tracing.record import Passage, Record, RunSpec
@@ -121,6 +121,7 @@ class Session:
     def let_go(self) -> None:
         """Hold nothing in circles, after the run's end: what it kept then lives as long as its record."""
         self.rig.forget()
+        self.attached.clear()
         for told in (self.clock.started, self.clock.finished, self.clock.ticked):
             told.clear()
 
@@ -188,7 +189,7 @@ class Session:
         check(self.system.components, places)
         check_denoisers(self.system.denoisers, forking=self.replay is not None)
         self.record.rng_state = torch.get_rng_state()
-        self.clock.started.append(lambda _: self.system.check_unchanged())
+        self.clock.started.append(self._starts)
         self.clock.finished.append(self._finish)
         self.clock.ticked.append(self._tick)
         self.clock.attach(self.rig)
@@ -265,6 +266,11 @@ class Session:
         old = pick(value, site.leaf, site=str(site))
         new = edit.apply(site, old, self.clock.now, self.clock.total_steps)
         return value if new is old else put(value, site.leaf, new, site=str(site))
+
+    def _starts(self, _: Row) -> None:
+        self.system.check_unchanged()
+        if self.system.by_hand and torch.is_grad_enabled():
+            check_graph(self.system.denoisers)
 
     def _finish(self, _: Row, output: Any) -> None:
         self.record.calls.append(keep(output))

@@ -46,12 +46,12 @@ class Trace:
         session: Session,
         *,
         begin: Callable[[Trace], None],
-        release: Callable[[Trace], None],
+        end: Callable[[Session], None],
         finish: Callable[[Record], None],
     ) -> None:
         self._session = session
         self._begin = begin
-        self._release = release
+        self._end = end
         self._finish = finish
         self._coroutine = Coroutine(session.run, own_noise=session.own_noise)
         self._pause: Pause | None = None
@@ -78,7 +78,7 @@ class Trace:
             self._coroutine.begin()
             return self
         except BaseException:
-            self._take_off()
+            self._end(self._session)
             raise
 
     def __exit__(
@@ -95,16 +95,10 @@ class Trace:
                 finally:
                     self._coroutine.end()
             finally:
-                self._take_off()
+                self._end(self._session)
         finally:
-            self._take_off()
+            self._end(self._session)
         self._session.let_go()
-        self._session.attached.clear()
-
-    def _take_off(self) -> None:
-        """Leave nothing of this run on the model; called twice, for an interrupt in the first."""
-        self._session.rig.sweep()
-        self._release(self)
 
     @property
     def record(self) -> Record:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from workbench.errors import InputError, LoadError, UnknownNameError, nearest
+from workbench.errors import InputError, UnknownNameError, nearest
 from workbench.models import loading
-from workbench.models.options import check, kept_dtypes, renamed
+from workbench.models.folder import part_classes, part_folder, read_index
+from workbench.models.options import check, renamed, texts
 from workbench.models.parallel import schemes
 from workbench.models.parallel.managers import (
     Manager,
@@ -23,7 +23,6 @@ from workbench.models.parallel.managers import (
     ranks,
 )
 from workbench.models.parallel.weights import fill, unfilled
-from workbench.models.skeleton import part_class, texts
 
 ParallelScheme = Mapping[str, Mapping[str, Any]]
 
@@ -49,8 +48,7 @@ def open_spread(
     asked, found = renamed(options), loading.locate(reference)
     kind = loading.pipeline_class(automodel)
     check(kind, found, asked)
-    index = _index(texts(found, asked))
-    classes = {name: part_class(name, entry) for name, entry in index.items() if isinstance(entry, list)}
+    classes = _classes(texts(found, asked), kind, asked)
     modules = [name for name, cls in classes.items() if isinstance(cls, type) and issubclass(cls, nn.Module)]
     where, chosen = choose_device(device), _chosen(components_to_load, modules)
     planned = _planned(parallel_scheme, modules, where)
@@ -62,13 +60,15 @@ def open_spread(
         if isinstance(scheme, schemes.FSDP2) and name not in asked and hasattr(classes[name], "load_config")
     ]
     made = {}
+    folder = loading.fetched(kind, found, asked)
+    loading.check_folder(kind, folder, asked)
+    dtypes = loading.dtypes_of(asked.get("dtype"), folder, read_index(folder), asked.get("variant"))
     for name in by_shard:
-        folder = loading.fetched(kind, found, asked)
         scheme, manager = planned[name]
-        dtype = _dtype(asked.get("dtype"), folder, name, asked.get("variant"))
-        module = unfilled(classes[name], folder / name, dtype, uniform=load_for_training and name in chosen)
+        part, dtype = part_folder(folder, name, classes[name]), dtypes.get(name, dtypes["default"])
+        module = unfilled(classes[name], part, dtype, uniform=load_for_training and name in chosen)
         made[name] = manager.parallelize(module)
-        fill(module, folder / name, device=scheme.keeps_on(where), variant=asked.get("variant"))
+        fill(module, part, device=scheme.keeps_on(where), variant=asked.get("variant"))
     pipeline = loading.from_pretrained(kind, found, {**asked, **made})
     _shard(pipeline, {name: each for name, each in planned.items() if name not in made})
     return pipeline, _settle(pipeline, planned, where, chosen, move_to_device, load_for_training)
@@ -165,18 +165,8 @@ def _chosen(names: Iterable[str] | None, modules: list[str]) -> list[str]:
     return chosen
 
 
-def _index(folder: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads((folder / "model_index.json").read_text())
-    except (OSError, ValueError) as error:
-        raise LoadError(f"{folder} cannot be read as a pipeline: {error}") from error
-    return found
-
-
-def _dtype(given: Any, folder: Path, name: str, variant: str | None) -> torch.dtype:
-    if given == "auto":
-        kept = kept_dtypes(folder, variant)
-        return kept.get(name, kept["default"])
-    if isinstance(given, Mapping):
-        given = given.get(name, given.get("default"))
-    return torch.float32 if given is None else loading.dtype_of(given)
+def _classes(folder: Path, kind: Any, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the class of each part, of the folder or given by name."""
+    index = read_index(folder)
+    given = {name: type(part) for name, part in asked.items() if isinstance(part, nn.Module)}
+    return part_classes(folder, index, loading.opened_class(folder, index, kind), given=asked) | given

@@ -8,16 +8,15 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from workbench.errors import LoadError
-from workbench.models.options import weight_files
+from workbench.models.folder import reading, weight_files
 from workbench.models.skeleton import from_folder
 
 
-def unfilled(kind: Any, folder: Path, dtype: torch.dtype, *, uniform: bool) -> nn.Module:
+def unfilled(kind: Any, folder: Path, dtype: torch.dtype | None, *, uniform: bool) -> nn.Module:
     """Build a model of diffusers whose parameters are on ``meta``, in the dtypes that loading it would give.
 
     Args:
@@ -29,20 +28,11 @@ def unfilled(kind: Any, folder: Path, dtype: torch.dtype, *, uniform: bool) -> n
     Raises:
         LoadError: the configuration is not there, or does not fit the class.
     """
-    before = torch.get_default_dtype()
     try:
-        torch.set_default_dtype(dtype)
         with init_empty_weights(include_buffers=False):
-            module = from_folder(kind, folder)
+            return from_folder(kind, folder, dtype, uniform=uniform)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise LoadError(f"{folder.name} could not be built from {folder}: {error}") from error
-    finally:
-        torch.set_default_dtype(before)
-    kept = set() if uniform else {*(getattr(kind, "_keep_in_fp32_modules", None) or ())}
-    for path, parameter in module.named_parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(torch.float32 if kept & {*path.split(".")} else dtype)
-    return module
 
 
 def fill(module: nn.Module, folder: Path, *, device: torch.device, variant: str | None = None) -> None:
@@ -76,13 +66,10 @@ def fill(module: nn.Module, folder: Path, *, device: torch.device, variant: str 
 
 
 def _where(folder: Path, variant: str | None) -> dict[str, Path]:
-    found = {}
+    found: dict[str, Path] = {}
     for file in weight_files(folder, variant):
-        try:
-            with safe_open(file, framework="pt") as weights:
-                found.update(dict.fromkeys(weights.keys(), file))
-        except (OSError, SafetensorError) as error:
-            raise LoadError(f"{file} cannot be read: {error}") from error
+        with reading(file) as weights:
+            found.update(dict.fromkeys(weights.keys(), file))
     if not found:
         raise LoadError(f"{folder} has no safetensors files, from which alone shards can be read.")
     return found
@@ -91,7 +78,7 @@ def _where(folder: Path, variant: str | None) -> dict[str, Path]:
 def _read(where: Mapping[str, Path], key: str, shape: torch.Size, folder: Path) -> torch.Tensor:
     if key not in where:
         raise LoadError(f"{folder} lacks the weight {key}.")
-    with safe_open(where[key], framework="pt") as weights:
+    with reading(where[key]) as weights:
         tensor: torch.Tensor = weights.get_tensor(key)
     if tensor.shape != shape:
         raise LoadError(f"{folder}: {key} is {tuple(tensor.shape)}, not {tuple(shape)}.")

@@ -28,6 +28,8 @@ from safetensors.torch import save_file
 from workbench.errors import BusyError, StoreError
 
 _DATA = re.compile(r"^data-[0-9a-f]{16}$")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}")
+_SHARD_INDEX = re.compile(r"(?P<stem>\w+)\.(?P<kind>safetensors|bin)\.index(?P<variant>\.\w+)?\.json")
 
 
 def new_data_name() -> str:
@@ -122,19 +124,54 @@ def staged(target: Path, index: str, kind: str) -> Iterator[Path]:
     """
     target = target.expanduser().resolve()
     _check_free(target, index, kind)
+    with _staging(target.parent, target, (OSError, SafetensorError)) as staging:
+        yield staging
+        _sync_all(staging)
+        _move(staging, target, index)
+
+
+@contextmanager
+def merged(target: Path) -> Iterator[Path]:
+    """Give a folder for others' code to write in; when the block ends well, its files are in ``target``.
+
+    There each takes the place of the one of its name, and weights of however many shards that of the same
+    weights; what else is there stays. After an error all is as it was.
+
+    Args:
+        target: where the files are to be.
+
+    Raises:
+        StoreError: it is a file, or cannot be written.
+    """
+    target = target.expanduser().resolve()
+    _check_no_file(target)
+    new = not target.exists()
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target)
+        with _staging(target, target, Exception) as staging:
+            yield staging
+            _sync_all(staging)
+            _merge(staging, target)
+    finally:
+        if new and target.is_dir() and not any(target.iterdir()):
+            target.rmdir()
+
+
+@contextmanager
+def _staging(
+    parent: Path, target: Path, errors: type[Exception] | tuple[type[Exception], ...]
+) -> Iterator[Path]:
+    """Give a hidden folder in ``parent``, which is gone afterwards; what cannot be written is said."""
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        _sweep(parent, target.name)
         owner = f"{platform.node()}-{os.getpid()}"
-        staging = target.parent / f".{target.name}.{owner}-{secrets.token_hex(4)}.partial"
+        staging = parent / f".{target.name}.{owner}-{secrets.token_hex(4)}.partial"
         staging.mkdir()
     except OSError as error:
         raise StoreError(f"{target} cannot be written: {error.strerror}. Choose another folder.") from error
     try:
         yield staging
-        _sync_all(staging)
-        _move(staging, target, index)
-    except (OSError, SafetensorError) as error:
+    except errors as error:
         raise StoreError(
             f"{target} could not be written: {error}. What was there before is untouched."
         ) from error
@@ -178,7 +215,11 @@ def _check_free(target: Path, index: str, kind: str) -> None:
             f"{target} holds something else ({', '.join(inside[:4])}), which would be lost. "
             "Choose another folder."
         )
-    if target.exists():
+    _check_no_file(target)
+
+
+def _check_no_file(target: Path) -> None:
+    if target.exists() and not target.is_dir():
         raise StoreError(f"{target} is a file. Choose another name for the folder.")
 
 
@@ -207,6 +248,29 @@ def _move(staging: Path, target: Path, index: str) -> None:
     sync(target.parent)
 
 
+def _merge(staging: Path, target: Path) -> None:
+    """Move files into place, those at the top last: an index then names what is there."""
+    files = [path.relative_to(staging) for path in staging.rglob("*") if path.is_file()]
+    for folder in {file.parent for file in files}:
+        (target / folder).mkdir(parents=True, exist_ok=True)
+    for file in sorted(files, key=lambda file: len(file.parts), reverse=True):
+        (staging / file).replace(target / file)
+    written = {file.parent / _unsharded(file.name) for file in files}
+    for folder in {file.parent for file in files}:
+        for item in (target / folder).iterdir():
+            now = item.relative_to(target)
+            if item.is_file() and now not in files and folder / _unsharded(item.name) in written:
+                item.unlink()
+        sync(target / folder)
+
+
+def _unsharded(name: str) -> str:
+    """Return the name that weights have which are not in shards: of a shard, or of the index of them."""
+    whole = _SHARD.sub("", name)
+    index = _SHARD_INDEX.match(whole)
+    return whole if index is None else f"{index['stem']}{index['variant'] or ''}.{index['kind']}"
+
+
 def _sync_all(folder: Path) -> None:
     for root, _, files in os.walk(folder, topdown=False):
         for name in files:
@@ -214,12 +278,10 @@ def _sync_all(folder: Path) -> None:
         sync(Path(root))
 
 
-def _sweep(target: Path) -> None:
-    """Remove what writers of this folder left that died on this machine."""
-    pattern = re.compile(
-        rf"^\.{re.escape(target.name)}\.{re.escape(platform.node())}-(\d+)-[0-9a-f]{{8}}\.partial$"
-    )
-    for item in target.parent.iterdir():
+def _sweep(parent: Path, name: str) -> None:
+    """Remove what writers of the folder of this name left that died on this machine."""
+    pattern = re.compile(rf"^\.{re.escape(name)}\.{re.escape(platform.node())}-(\d+)-[0-9a-f]{{8}}\.partial$")
+    for item in parent.iterdir():
         found = pattern.match(item.name)
         if found is not None and not psutil.pid_exists(int(found[1])):
             shutil.rmtree(item, ignore_errors=True)
