@@ -46,7 +46,7 @@ class Run:
         self._first: Row | None = None
         self._steps: Steps = normal(asked.steps)
         self._reduction = Reduction(
-            {k: v for k, v in dict(asked.reduce).items() if k != "heads"}, asked.dtype
+            {axis: how for axis, how in asked.reductions.items() if axis != "heads"}, asked.dtype
         )
         self._rows: dict[int, Row] = {}
         self._layer_rows: dict[str, list[Row]] = {}
@@ -96,7 +96,7 @@ class Run:
             self._layer_rows,
             text=self._text or [],
             block=self.asked.block,
-            reduced=dict(self.asked.reduce),
+            reduced=self.asked.reductions,
             heads=self._heads(),
             places=self._places,
             top=self.asked.top,
@@ -253,7 +253,8 @@ class Run:
                 raise InputError(f"The {count} queries of {path} form no picture; choose them by queries=….")
             chosen = tuple(_cell(x, y, shape) for x, y in self.asked.pixels or ())
         self._places[path] = chosen
-        return torch.tensor(chosen) + image.start
+        positions: torch.Tensor = torch.tensor(chosen) + image.start
+        return positions
 
     def _keep(self, path: str, row: Row, value: torch.Tensor) -> None:
         """Keep one layer's weights of one call, ``([heads,] tokens, places)``."""

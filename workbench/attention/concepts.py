@@ -101,7 +101,7 @@ class _Run:
         row = self.session.clock.row
         if row is None or self.session.recomputing or self.session.replaying(row):
             return None
-        wanted = row.has(self.asked.branch) and covers(self.steps, row, self.session.clock.total_steps)  # type: ignore[arg-type]
+        wanted = row.has(self.asked.branch) and covers(self.steps, row, self.session.clock.total_steps)
         return row if wanted else None
 
     def _one(self, row: Row, size: int) -> slice:
@@ -129,7 +129,8 @@ class _Run:
         self.session.rig.before(layer.to_out[0], put_out)  # type: ignore[index, arg-type]
 
     def _watch_joint(self, path: str, block: nn.Module) -> None:
-        rig, attention = self.session.rig, block.attn
+        rig = self.session.rig
+        attention: Any = block.attn
         first = path in self.asked.tokens
 
         def image_out(_: nn.Module, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
@@ -154,8 +155,8 @@ class _Run:
             if self.concepts is not None:
                 self._keep(f"{path}.attn", row, image, self.concepts[0])
 
-        rig.before(attention.to_out[0], image_out)  # type: ignore[index, arg-type]
-        rig.before(attention.to_add_out, concepts_out)  # type: ignore[arg-type]
+        rig.before(attention.to_out[0], image_out)
+        rig.before(attention.to_add_out, concepts_out)
         rig.after(block, again)
 
     def _go_beside(self, block: nn.Module, row: Row, one: slice, kwargs: dict[str, Any]) -> None:

@@ -140,7 +140,7 @@ def bytes_of(asked: Attention, layers: Sequence[LayerCost], calls: int) -> int:
         layers: one call's layers.
         calls: how many calls.
     """
-    reduced = dict(asked.reduce)
+    reduced = asked.reductions
     stored = torch.empty((), dtype=asked.dtype).element_size()
     each_call = 1 if "steps" in reduced else calls
     # What is added up is float32 until it is done.
@@ -207,7 +207,7 @@ def _narrowed(asked: Attention) -> Iterator[Attention]:
         narrow = replace(narrow, dtype=torch.float16)
         yield narrow
     for axis in ("heads", "steps", "layers"):
-        reduced = dict(narrow.reduce)
+        reduced = narrow.reductions
         how = reduced.get("steps", reduced.get("layers", "mean"))
         if axis in reduced or (axis != "heads" and narrow.top is not None):
             continue

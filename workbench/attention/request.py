@@ -99,7 +99,12 @@ class Attention:
     @property
     def over_heads(self) -> str | None:
         """``"mean"`` or ``"max"`` where heads are reduced."""
-        return dict(self.reduce).get("heads")
+        return self.reductions.get("heads")
+
+    @property
+    def reductions(self) -> dict[str, str]:
+        """``"mean"`` or ``"max"`` by axis."""
+        return _reductions(self.reduce)
 
     @property
     def keys_are_text(self) -> bool:

@@ -170,7 +170,9 @@ def _correspondence(model: DiffusionModel, before: str, after: str, length: int)
             "not known which correspond. Use cross=0, or wb.InjectAttention with tokens of your own."
         )
     chosen = [next(each for each in readings[1] if each.tokenizer == part.tokenizer) for part in laid]
-    return torch.block_diag(*(align(old.ids, new.ids) for old, new in zip(laid, chosen, strict=True)))
+    parts = [align(old.ids, new.ids) for old, new in zip(laid, chosen, strict=True)]
+    whole: torch.Tensor = torch.block_diag(*parts)  # type: ignore[no-untyped-call]
+    return whole
 
 
 def _place_of(word: str) -> Attention:

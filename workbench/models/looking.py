@@ -19,7 +19,6 @@ from workbench.tracing.steps import Steps
 if TYPE_CHECKING:
     import torch
 
-    from workbench.models.model import DiffusionModel
     from workbench.tracing.clock import Tick
     from workbench.tracing.ledger import Row
     from workbench.tracing.record import Record
@@ -29,7 +28,7 @@ class Looking:
     """Methods of a model that look ahead."""
 
     def plan(
-        self: DiffusionModel, attention: Attention, prompt: Any = None, *, seed: Seed = None, **arguments: Any
+        self: Any, attention: Attention, prompt: Any = None, *, seed: Seed = None, **arguments: Any
     ) -> Plan:
         """Return what attention would take in a run: bytes and seconds, by layer and in all.
 
@@ -57,7 +56,7 @@ class Looking:
         return planned.run.plan
 
     def concepts(
-        self: DiffusionModel,
+        self: Any,
         names: Sequence[str],
         *,
         steps: Steps = None,
@@ -92,9 +91,7 @@ class Looking:
                 self.record(reader.name, seed=0, capture=[reader], listener=_OneTick(), **arguments)
         return join(readers, steps=steps, branch=branch, sample=sample)
 
-    def words(
-        self: DiffusionModel, prompt: str, *, max_sequence_length: int | None = None
-    ) -> dict[str, Tokens]:
+    def words(self: Any, prompt: str, *, max_sequence_length: int | None = None) -> dict[str, Tokens]:
         """Return how each of the model's tokenizers reads a prompt, by its name.
 
         Templates that a pipeline puts around the prompt are not in it.

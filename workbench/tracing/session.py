@@ -34,6 +34,7 @@ class Edit(Protocol):
         """Return the value to go on with; ``value`` itself when this is not its moment."""
 
 
+@runtime_checkable
 class Probe(Protocol):
     """Something that watches a run by other means than module hooks."""
 
@@ -99,7 +100,7 @@ class Session:
         self.edits = list(edits)
         self.capture = list(dict.fromkeys(capture))
         # Some edits reach what no site holds; they watch the run, inside of all that looks at it.
-        self.probes = [*probes, *(each for each in self.edits if hasattr(each, "watching"))]
+        self.probes = [*probes, *(each for each in self.edits if isinstance(each, Probe))]
         self.takers = [each for each in self.probes if isinstance(each, Taker)]
         self.replay = replay
         self.attached: list[Callable[[Rig], None]] = []
