@@ -75,7 +75,7 @@ def test_blended_only_the_words_place_changes():
     )
     change = (edited.latents[-1] - source.latents[-1]).abs().amax(1)[0]
     kept = change == 0
-    assert 0.2 < kept.float().mean() < 0.98
+    assert 0.05 < kept.float().mean() < 0.98
     assert change.max() > 0.1
 
 

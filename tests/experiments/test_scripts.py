@@ -193,7 +193,7 @@ def test_without_patches_the_script_is_the_target_alone(scripts):
     outcome = scripts["sd1"].outcome
     plain = outcome.experiment.model_copy(update={"patches": ()})
     code = standalone_code(plain, outcome.source, outcome.target)
-    assert "generate(TARGET).save(options.out)" in code
+    assert "generate(**TARGET).save(options.out)" in code
     assert "PATCHES" not in code
     assert workbench_code(plain).endswith("target.images[0]\n")
     ast.parse(code)

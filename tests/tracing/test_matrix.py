@@ -57,7 +57,10 @@ def test_the_shipped_models_keep_every_promise(name):
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    subject = matrix.Subject(name, tiny.Case(build, tiny.WORDED, "unet.mid_block"))
+    worded = name != "shapes-ddpm"
+    arguments = {**zoo.settings(name), **tiny.WORDED} if worded else {"num_inference_steps": 4}
+    site = "transformer.transformer_blocks.0" if name == "shapes-mmdit" else "unet.mid_block"
+    subject = matrix.Subject(name, tiny.Case(build, arguments, site))
     for promise in matrix.PROMISES.values():
         promise(subject)
 

@@ -411,12 +411,3 @@ def test_close_leaves_no_thread_and_no_hook():
     assert footprint(pipeline) == before
     with pytest.raises(RunStopped):
         bench.run().result(LONG)
-
-
-def test_model_without_words_says_so():
-    with opened(tiny.ddpm) as bench:
-        with pytest.raises(WorkbenchError, match="prompt"):
-            bench.run()
-        front_end(bench.controls, kind="run")
-        assert "prompt" in bench.controls.error["text"]
-        assert bench.controls.status == "idle"

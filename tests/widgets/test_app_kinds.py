@@ -89,10 +89,10 @@ def test_a_loop_runs_in_the_app_and_is_patched_as_a_pipeline_is():
         assert [lane["label"] for lane in bench.scrubber.lanes] == ["source", "target"]
         assert bench.scrubber.attention["tokens"][1]["text"] == "a"
         cell = bench.patch("unet.mid_block", 0, "from here").result(LONG)
-        patch = wb.Patch("unet.mid_block", source=pair.source, branch="cond")
-        by_hand = model.record("a blue square", seed=1, interventions=[patch])
-        assert as_bytes(cell.image) == as_bytes(by_hand.images[0]) != as_bytes(bare)
         assert "model = wb.trace_loop(denoise, components=components)" in bench.code.code
+    patch = wb.Patch("unet.mid_block", source=pair.source, branch="cond")
+    by_hand = model.record("a blue square", seed=1, interventions=[patch])
+    assert as_bytes(cell.image) == as_bytes(by_hand.images[0]) != as_bytes(bare)
 
 
 def test_the_code_of_a_loop_makes_the_picture_again(tmp_path):
@@ -110,14 +110,15 @@ def test_the_code_of_a_loop_makes_the_picture_again(tmp_path):
 
 def test_without_words_two_noises_are_compared():
     model = without_words(as_picture)
+    alone = {seed: model.record(seed=seed).images[0] for seed in (3, 4)}
     with opened(model, seed=3) as bench:
         controls = bench.controls
         assert not any((controls.can_prompt, controls.can_step, controls.can_guide))
         assert (controls.seed, controls.source_seed) == (3, 4)
         assert repr(controls) == "RunControls(seed=3, steps=20)"
         pair = bench.run().result(LONG)
-        assert as_bytes(pair.source.images[0]) == as_bytes(model.record(seed=4).images[0])
-        assert as_bytes(pair.target.images[0]) == as_bytes(model.record(seed=3).images[0])
+        assert as_bytes(pair.source.images[0]) == as_bytes(alone[4])
+        assert as_bytes(pair.target.images[0]) == as_bytes(alone[3])
         assert (bench.map.source_label, bench.map.target_label) == ("seed 4", "seed 3")
         assert bench.scrubber.kinds[0] == "predicted x₀"  # pixels are pictures, no decoder needed
         whole = bench.patch("unet.up_blocks.1", 0, "from here").result(LONG)
@@ -170,7 +171,7 @@ def test_a_loop_that_makes_no_picture_says_so(answer):
 def test_a_source_with_its_own_seed_beside_its_prompt():
     with opened(tiny.sd1(), steps=3, seed=1, source_seed=7) as bench:
         pair = bench.run().result(LONG)
-        guided = bench.controls.guidance
-        alone = bench.model.record("a red circle", seed=7, num_inference_steps=3, guidance_scale=guided)
-        assert as_bytes(pair.source.images[0]) == as_bytes(alone.images[0])
         assert bench.map.source_label == "a red circle · seed 7"
+        settings = {"num_inference_steps": 3, "guidance_scale": bench.controls.guidance}
+    alone = bench.model.record("a red circle", seed=7, **settings)
+    assert as_bytes(pair.source.images[0]) == as_bytes(alone.images[0])

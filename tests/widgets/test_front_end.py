@@ -5,6 +5,7 @@ import pytest
 from tests.widgets import scene
 from workbench.experiments.windows import window as steps_of
 from workbench.widgets.code import CodeView
+from workbench.widgets.controls import RunControls
 from workbench.widgets.images import ImageStrip
 from workbench.widgets.patch_map import PatchMap
 from workbench.widgets.scrubber import StepScrubber
@@ -436,3 +437,24 @@ class TestImagesAndCode:
         )
         shown.page.wait_for_timeout(200)
         assert shown.page.locator("img").count() == 0
+
+
+def test_controls_of_a_model_without_words_have_two_seeds(open_widgets):
+    controls = RunControls(seed=5, source_seed=6, can_prompt=False, can_guide=False, can_step=False)
+    page = open_widgets([[controls]], live=True).page
+    assert page.locator("textarea:visible").count() == 0
+    seeds = page.locator(".controls-prompt").get_by_label("Seed", exact=True)
+    assert [each.input_value() for each in seeds.all()] == ["6", "5"]
+    assert page.get_by_label("from step").is_hidden()
+    assert page.get_by_label("Steps").is_disabled()
+    seeds.first.fill("9")
+    page.wait_for_function("workbenchModels[0].get('source_seed') === 9")
+
+
+def test_a_source_with_its_own_seed_has_a_field_for_it(open_widgets):
+    worded = {"source": "a red circle", "target": "a blue circle"}
+    both = open_widgets([[RunControls(**worded, source_seed=3)], [RunControls(**worded)]], live=True).page
+    first, second = both.locator(".wb-controls").all()
+    assert first.get_by_label("Seed", exact=True).count() == 2
+    assert second.locator(".controls-prompt").get_by_label("Seed", exact=True).is_hidden()
+    assert both.locator("textarea:visible").count() == 4

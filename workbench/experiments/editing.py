@@ -28,7 +28,9 @@ from workbench.tracing.record import Record
 from workbench.tracing.sites import Site, modules
 
 _THRESHOLD = 0.3
-"""Of its maximum, from which on a word's map counts as the word's place."""
+"""From which on a word's map counts as the word's place, its least value taken as 0 and its largest as 1.
+
+The paper divides by the largest alone; where a model spreads its attention that is the whole picture."""
 
 _BLEND_FROM = 0.2
 """The share of the steps after which only the words' place changes."""
@@ -196,4 +198,5 @@ def _mask(maps: AttentionMaps, *, like: Record) -> torch.Tensor:
     rows, columns = latents.shape[-2:]
     found = maps.map(0, size=(columns, rows))
     widened = functional.max_pool2d(found[None, None], 3, 1, 1)[0, 0]
-    return resize(widened / widened.max(), (rows, columns)) > _THRESHOLD
+    spread = (widened - widened.min()) / (widened.max() - widened.min()).clamp(min=1e-12)
+    return resize(spread, (rows, columns)) > _THRESHOLD

@@ -103,6 +103,12 @@ class Experiment(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _both_prompts(self) -> Self:
+        if (self.source is None) != (self.target is None):
+            raise ValueError("source and target both have a prompt, or neither where the model takes none")
+        return self
+
+    @model_validator(mode="after")
     def _one_noise(self) -> Self:
         if self.source_from and self.source_seed not in (None, self.seed):
             raise ValueError(

@@ -10,6 +10,7 @@ from workbench.experiments.experiment import Experiment, PatchSpec
 from workbench.models.model import DiffusionModel
 from workbench.models.quiet import quiet_run
 from workbench.truth.attention import word_overlap
+from workbench.truth.editing import kept_places
 from workbench.truth.patching import colour_rates
 from workbench.zoo import shapes
 
@@ -46,6 +47,16 @@ def main(arguments: list[str] | None = None) -> None:
         seeds = range(given.seeds)
         print(colour_rates(model, experiment, colour="red", elsewhere=ELSEWHERE, seeds=seeds))
         print(word_overlap(model, circle_prompts(given.prompts), "circle"))
+        print(
+            kept_places(
+                model,
+                "a red circle",
+                "a blue circle",
+                shape="circle",
+                colour="blue",
+                seeds=range(given.seeds),
+            )
+        )
 
 
 def circle_prompts(count: int, seed: int = 0) -> list[str]:

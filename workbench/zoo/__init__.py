@@ -18,7 +18,7 @@ _SETTINGS: dict[str, dict[str, float]] = {
     "shapes-unet": {"num_inference_steps": 20, "guidance_scale": 3.0},
     "shapes-planted": {"num_inference_steps": 20, "guidance_scale": 3.0},
     "shapes-mmdit": {"num_inference_steps": 20, "guidance_scale": 3.0, "max_sequence_length": 24},
-    "shapes-ddpm": {"num_inference_steps": 100},
+    "shapes-ddpm": {"num_inference_steps": 50},
 }
 
 
