@@ -87,8 +87,8 @@ def kept_places(
                 elsewhere is not None and elsewhere.colour == colour,
             )
         )
-    means = np.mean(found, axis=0) if found else np.zeros(4)
-    return Kept(*(float(each) for each in means), pictures=len(found))
+    means = [float(each) for each in (np.mean(found, axis=0) if found else np.zeros(4))]
+    return Kept(means[0], means[1], means[2], means[3], len(found))
 
 
 def _thing(image: Image.Image, shape: str) -> Found | None:
