@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -69,7 +70,10 @@ def kept_places(
         num_inference_steps: steps of each run.
         guidance_scale: guidance of each run.
     """
-    settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    settings: dict[str, Any] = {
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+    }
     found: list[tuple[float, float, bool, bool]] = []
     for seed in seeds:
         run = model.record(source, seed=seed, **settings)
