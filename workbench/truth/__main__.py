@@ -11,8 +11,10 @@ from workbench.models.model import DiffusionModel
 from workbench.models.quiet import quiet_run
 from workbench.truth.attention import word_overlap
 from workbench.truth.editing import kept_places
+from workbench.truth.methods import compare_methods
 from workbench.truth.patching import colour_rates
 from workbench.zoo import shapes
+from workbench.zoo.world import SHAPES
 
 STEPS = tuple(range(10, 20))
 PATCH = PatchSpec(site="unet.up_blocks.2.attentions.1.transformer_blocks.0.attn2", steps=STEPS, branch="cond")
@@ -47,6 +49,8 @@ def main(arguments: list[str] | None = None) -> None:
         seeds = range(given.seeds)
         print(colour_rates(model, experiment, colour="red", elsewhere=ELSEWHERE, seeds=seeds))
         print(word_overlap(model, circle_prompts(given.prompts), "circle"))
+        concepts = [*SHAPES, "background"]
+        print(compare_methods(model, circle_prompts(given.prompts), "circle", concepts=concepts))
         print(
             kept_places(
                 model,

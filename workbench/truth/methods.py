@@ -1,0 +1,106 @@
+"""Which map of a word lies best on its object? Overlap and pointing by method, by layer and by step."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from workbench.attention.maps import AttentionMaps, mean_map, resize
+from workbench.attention.methods import daam
+from workbench.attention.request import Attention
+from workbench.models.model import DiffusionModel
+from workbench.truth.attention import iou, largest
+from workbench.zoo import shapes
+
+RAW, DAAM, CONCEPTS, UNIFORM, CENTRE = "raw weights", "DAAM", "ConceptAttention", "uniform", "centre"
+
+
+@dataclass
+class Scores:
+    """Mean overlap and pointing of maps with the objects they name.
+
+    A map becomes a mask by its largest values, as many as the true mask has pixels; the uniform map has none
+    and is scored whole. Pointing asks whether the largest value lies on the object.
+
+    Attributes:
+        found: by what made the map (a method, a layer, a step), each picture's IoU and 1 where it points
+            right.
+    """
+
+    found: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, name: str, values: np.ndarray, mask: np.ndarray) -> None:
+        """Score one map, ``(rows, columns)``, against a boolean mask of the same shape."""
+        place = np.unravel_index(int(values.argmax()), values.shape)
+        self.found[name].append((iou(largest(values, int(mask.sum())), mask), float(mask[place])))
+
+    def mean(self, name: str) -> tuple[float, float]:
+        """Return the mean IoU and the share that points right."""
+        both = np.array(self.found[name]).mean(0)
+        return float(both[0]), float(both[1])
+
+    def __str__(self) -> str:
+        """Return a line for each, the best first."""
+        rows = sorted(((*self.mean(name), name) for name in self.found), reverse=True)
+        width = max((len(name) for name in self.found), default=6)
+        lines = [f"{'':<{width}}  {'IoU':>6}  {'points':>6}"]
+        return "\n".join([*lines, *(f"{name:<{width}}  {a:>6.3f}  {b:>6.0%}" for a, b, name in rows)])
+
+
+def compare_methods(
+    model: DiffusionModel,
+    prompts: Sequence[str],
+    word: str,
+    *,
+    concepts: Sequence[str],
+    num_inference_steps: int = 20,
+    guidance_scale: float = 3.0,
+    **arguments: Any,
+) -> Scores:
+    """Return how well each method's map of a word meets its object, over prompts with noise of their own.
+
+    Args:
+        model: a model of the shapes world.
+        prompts: each names the word's object once.
+        word: a shape's name.
+        concepts: what the word competes with in ConceptAttention, the word among them.
+        num_inference_steps: steps of each run.
+        guidance_scale: guidance of each run.
+        **arguments: further arguments of the runs.
+    """
+    settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, **arguments}
+    probe, scores = model.concepts(concepts, **settings), Scores()
+    for seed, prompt in enumerate(prompts):
+        run = model.record(prompt, seed=seed, capture=[Attention(words=[word]), probe], **settings)
+        image = run.images[0]
+        masks = [thing.mask for thing in shapes.read(image).things if thing.shape == word]
+        if len(masks) != 1:
+            continue
+        for name, values in _maps(*run.attention, word, image.size):
+            scores.add(name, resize(values, (image.height, image.width)).numpy(), masks[0])
+        rows, columns = np.indices(masks[0].shape)
+        middle = [(each - 1) / 2 for each in masks[0].shape]
+        scores.add(CENTRE, -((rows - middle[0]) ** 2 + (columns - middle[1]) ** 2), masks[0])
+        share = float(masks[0].mean())
+        scores.found[UNIFORM].append((share, share))
+    return scores
+
+
+def _maps(
+    raw: AttentionMaps, concepts: AttentionMaps, word: str, size: tuple[int, int]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Give each method's map, and the raw weights' by layer and by step."""
+    yield RAW, raw.map(word, size=size)
+    yield DAAM, daam(raw, word, size=size)
+    yield CONCEPTS, concepts.map(word, size=size)
+    for layer in raw.layers:
+        yield f"{RAW}, {layer}", raw.map(word, size=size, layer=layer)
+    for layer in concepts.layers:
+        yield f"{CONCEPTS}, {layer}", concepts.map(word, size=size, layer=layer)
+    for step in raw.steps:
+        yield f"{RAW}, step {step}", mean_map([raw.map(word, size=size, step=step)])
