@@ -167,6 +167,10 @@ def test_the_largest_keys_are_kept_and_where_they_are():
         assert ((spread == 0) | (spread == every[:, : spread.shape[1]])).all()
     own, _ = watched("sd1", block="image->image", sites=[SELF], top=2)
     assert own.attention.layers[SELF].shape == (4, 16, 2)
+    assert own.attention.whole(SELF).shape == (4, 16, 16)
+    every, _ = watched("sd1", block="image->image", sites=[SELF])
+    kept = own.attention.whole(SELF) > 0
+    assert torch.equal(own.attention.whole(SELF)[kept], every.attention.layers[SELF][kept])
 
 
 def test_the_sample_that_is_asked_for():
@@ -222,6 +226,8 @@ def test_saved_maps_are_the_same(tmp_path):
         ({"words": "red"}, InputError, r"words=\['red'\]"),
         ({"words": []}, InputError, "words is empty"),
         ({"queries": [1], "reduce": ["layers"]}, InputError, "one grid"),
+        ({"block": "image->image", "reduce": ["layers"]}, InputError, "other queries"),
+        ({"branch": "all"}, InputError, "a map is of one branch"),
     ],
 )
 def test_what_contradicts_itself_is_refused_before_a_run(asked, error, said):

@@ -37,6 +37,15 @@ def test_the_same_prompt_makes_the_same_bytes(name):
     assert as_bytes(again.latents) == as_bytes(source.latents)
 
 
+def test_a_list_of_one_prompt_and_a_length_of_its_own_are_the_same():
+    model = DiffusionModel(tiny.sd3())
+    arguments = {"seed": 0, "num_inference_steps": 3, "max_sequence_length": 16}
+    one = model.record("a red circle", **arguments)
+    listed = model.record(["a red circle"], **arguments)
+    edits = [wb.prompt_to_prompt(each, "a red large circle", cross=0.7) for each in (one, listed)]
+    assert as_bytes(edits[0].latents) == as_bytes(edits[1].latents) != as_bytes(one.latents)
+
+
 def test_all_of_the_attention_is_keys_and_queries_of_the_source():
     case = tiny.CASES["sd1"]
     model = DiffusionModel(case.build())
@@ -86,6 +95,9 @@ def test_what_cannot_be_done_says_so():
         wb.prompt_to_prompt(source, "a", cross=1.5)
     with pytest.raises(UnknownNameError, match="no word 'green'"):
         wb.prompt_to_prompt(source, "a blue circle", blend=("green", "blue"))
+    changed = source.fork(0, interventions=[wb.Scale("unet.mid_block", factor=2.0)])
+    with pytest.raises(InputError, match="plain run of one prompt"):
+        wb.prompt_to_prompt(changed, "a blue circle")
     source.model = None
     with pytest.raises(InputError, match="does not know its model"):
         wb.prompt_to_prompt(source, "a")

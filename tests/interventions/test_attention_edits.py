@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import diffusers
 import pytest
 import torch
 
@@ -271,6 +272,40 @@ def test_one_head_is_patched():
     assert torch.equal(kept.at(site, step=1)[:, 1], plain.at(site, step=1)[:, 1])
 
 
+@pytest.mark.parametrize("scheduler", ["HeunDiscreteScheduler", "PNDMScheduler"])
+def test_with_two_calls_a_step_each_gets_its_own(scheduler):
+    pipeline = tiny.sd1()
+    pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config)
+    model = DiffusionModel(pipeline)
+    arguments = {"prompt": "a red circle", "seed": 0, "num_inference_steps": 4}
+    plain = model.record(**arguments, capture=[f"{CROSS}:{port}" for port in ("query", "key")])
+    edited = model.record(**arguments, interventions=[wb.InjectAttention(CROSS, source=plain)])
+    assert as_bytes(edited.latents) == as_bytes(plain.latents)
+
+
+def test_each_sample_is_injected_with_its_own():
+    model, _ = opened("sd1")
+    both = {"prompt": ["a red circle", "a blue square"], "seed": 0, "num_inference_steps": 2}
+    source = model.record(**both, capture=[f"{CROSS}:{port}" for port in ("query", "key")])
+    edit = wb.InjectAttention(CROSS, source=source, samples=[1])
+    assert as_bytes(model.record(**both, interventions=[edit]).latents) == as_bytes(source.latents)
+
+
+def test_a_derivative_through_an_edit_is_refused_and_one_through_weights_is_right():
+    model, arguments = opened("sd1")
+    asked = {"of": lambda latents: latents.square().mean(), "wrt": f"{CROSS}:output", "result": "latents"}
+    with pytest.raises(GuardError, match="does not see it"):
+        model.gradient(**arguments, **asked, seed=0, interventions=[wb.Reweight(words={"red": 2.0})])
+    asked["wrt"] = f"{CROSS}:query"
+    with_weights = wb.Attach(f"{CROSS}:probs", module=lambda probs: probs * 1.5)
+    found = model.gradient(**arguments, **asked, seed=0, steps=1, interventions=[with_weights])
+    as_values = wb.Attach(f"{CROSS}:value", module=lambda value: value * 1.5)
+    expected = model.gradient(**arguments, **asked, seed=0, steps=1, interventions=[as_values])
+    ours, theirs = (each.at(f"{CROSS}:query", step=1) for each in (found, expected))
+    assert theirs.abs().max() > 0
+    assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()))
+
+
 def test_what_cannot_be_edited_says_so():
     model, arguments = opened("sd1")
     source = model.record(**arguments, seed=0)
@@ -293,6 +328,7 @@ def test_what_cannot_be_edited_says_so():
         (wb.Reweight("*attn1", words={"red": 2.0}), OutOfOrderError, "changed nothing"),
         (wb.Reweight(words={"green": 2.0}), UnknownNameError, "no word 'green'"),
         (wb.Ablate(f"{CROSS}:heads", heads=[2]), InputError, "2 heads"),
+        (wb.Ablate(f"{CROSS}:heads", heads=[0, -2]), InputError, "twice"),
         (wb.InjectAttention(CROSS, source=source), UnknownNameError, "not captured"),
     ):
         before = footprint(model.pipeline)

@@ -17,6 +17,7 @@ from tests import tiny
 from tests.watching import as_bytes
 from workbench.errors import InputError
 from workbench.experiments.experiment import Experiment
+from workbench.models.model import DiffusionModel
 from workbench.widgets.app import Workbench
 
 LONG = 120
@@ -91,7 +92,7 @@ def test_a_loop_runs_in_the_app_and_is_patched_as_a_pipeline_is():
         cell = bench.patch("unet.mid_block", 0, "from here").result(LONG)
         assert "model = wb.trace_loop(denoise, components=components)" in bench.code.code
     patch = wb.Patch("unet.mid_block", source=pair.source, branch="cond")
-    by_hand = model.record("a blue square", seed=1, interventions=[patch])
+    by_hand = in_words().record("a blue square", seed=1, interventions=[patch])
     assert as_bytes(cell.image) == as_bytes(by_hand.images[0]) != as_bytes(bare)
 
 
@@ -169,9 +170,9 @@ def test_a_loop_that_makes_no_picture_says_so(answer):
 
 
 def test_a_source_with_its_own_seed_beside_its_prompt():
-    with opened(tiny.sd1(), steps=3, seed=1, source_seed=7) as bench:
+    settings = {"num_inference_steps": 3, "guidance_scale": 4.0}
+    alone = DiffusionModel(tiny.sd1()).record("a red circle", seed=7, **settings)
+    with opened(tiny.sd1(), steps=3, guidance=4.0, seed=1, source_seed=7) as bench:
         pair = bench.run().result(LONG)
         assert bench.map.source_label == "a red circle · seed 7"
-        settings = {"num_inference_steps": 3, "guidance_scale": bench.controls.guidance}
-    alone = bench.model.record("a red circle", seed=7, **settings)
     assert as_bytes(pair.source.images[0]) == as_bytes(alone.images[0])

@@ -54,7 +54,7 @@ def test_something_else_is_refused(given):
 
 
 def test_runs_without_pictures_or_words_have_a_scrubber():
-    for name, kinds in (("ddpm", {"latents", "noise"}), ("wan", set())):
+    for name, kinds in (("ddpm", {"predicted x₀", "latents", "noise"}), ("wan", set())):
         case = tiny.CASES[name]
         view = step_scrubber(DiffusionModel(case.build()).record(**case.arguments, seed=0))
         assert set(view.kinds) == kinds

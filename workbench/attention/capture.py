@@ -52,6 +52,7 @@ class Run:
         self._layer_rows: dict[str, list[Row]] = {}
         self._places: dict[str, tuple[int, ...]] = {}
         self._indices: dict[str, list[torch.Tensor]] = {}
+        self._keys: dict[str, int] = {}
         self._without: set[str] = set()
         self._text: list[Word] | None = None
         self._words: list[Word] = []
@@ -101,7 +102,12 @@ class Run:
             places=self._places,
             top=self.asked.top,
             indices={path: torch.stack(found) for path, found in self._indices.items()},
+            keys=self._keys,
         )
+
+    def let_go(self) -> None:
+        """Hold nothing in circles, after the run's end."""
+        del self._watch
 
     def _heads(self) -> tuple[int, ...] | None:
         if self.asked.over_heads is not None:
@@ -179,9 +185,9 @@ class Run:
         )
         if total is None:
             return ticks
-        steps = [row.model_copy(update={"step": step}) for step in range(row.step, total)]
-        chosen = sum(covers(self._steps, each, total) for each in steps)  # type: ignore[arg-type]
-        return max(round(chosen * ticks / total), 1)
+        steps = [self.session.clock.step_of(tick) for tick in range(row.tick, ticks)]
+        rows = [row.model_copy(update={"step": step}) for step in steps]
+        return max(sum(covers(self._steps, each, total) for each in rows), 1)  # type: ignore[arg-type]
 
     def _check_plan(self) -> None:
         if self.plan is not None and not self.planning:
@@ -199,16 +205,17 @@ class Run:
             mask = mask[one]
         if handed.get("is_causal"):
             mask = causal(query.shape[2], key.shape[2], query.device)
-        return weights(
-            query[one],
-            key[one],
-            queries=queries,
-            columns=columns,
-            heads=self.asked.heads,
-            over_heads=self.asked.over_heads,
-            scale=handed.get("scale"),
-            mask=mask,
-        )[0]
+        with torch.no_grad():
+            return weights(
+                query[one],
+                key[one],
+                queries=queries,
+                columns=columns,
+                heads=self.asked.heads,
+                over_heads=self.asked.over_heads,
+                scale=handed.get("scale"),
+                mask=mask,
+            )[0]
 
     def _choice(self, scope: Scope, queries: int, keys: int) -> tuple[Places, Places]:
         """Return which queries and which keys of a call are wanted."""
@@ -268,6 +275,7 @@ class Run:
         rows.append(row)
         if self.asked.top is not None:
             axis = -2 if self.asked.block == IMAGE_TO_TEXT else -1
+            self._keys[path] = value.shape[axis]
             largest = value.topk(min(self.asked.top, value.shape[axis]), dim=axis)
             value = largest.values
             self._indices.setdefault(path, []).append(largest.indices.cpu())

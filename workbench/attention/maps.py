@@ -38,6 +38,7 @@ class AttentionMaps:
         places: by layer, which of the image's queries were chosen; empty is all.
         top: how many of each query's largest keys were kept; None is all.
         indices: by layer, which keys those are, of the same shape as the weights.
+        keys: by layer, how many keys there were to choose from.
     """
 
     layers: dict[str, torch.Tensor]
@@ -51,6 +52,7 @@ class AttentionMaps:
     places: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     top: int | None = None
     indices: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    keys: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -144,13 +146,10 @@ class AttentionMaps:
         values = self.layers[layer]
         if self.top is None:
             return values
-        indices = self.indices[layer]
-        over_text = self.block == IMAGE_TO_TEXT
-        keys = max((column for word in self.words for column in word.columns), default=0) + 1
-        count = keys if over_text else int(indices.max()) + 1
+        axis = -2 if self.block == IMAGE_TO_TEXT else -1
         shape = [*values.shape]
-        shape[-2 if over_text else -1] = count
-        return values.new_zeros(shape).scatter(-2 if over_text else -1, indices, values)
+        shape[axis] = self.keys[layer]
+        return values.new_zeros(shape).scatter(axis, self.indices[layer], values)
 
     def _tokens(self, layer: str, calls: Sequence[int], head: int | None) -> torch.Tensor:
         """Return the mean over some calls of a layer's weights, ``(tokens, places)`` float32."""

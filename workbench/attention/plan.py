@@ -182,6 +182,7 @@ def spelled(asked: Attention) -> str:
         "heads",
         "reduce",
         "top",
+        "sample",
         "dtype",
     )
     given = [

@@ -50,7 +50,7 @@ class Reduction:
         found = self.kept.get(key)
         if found is None:
             once = not self.how
-            self.kept[key] = _Sum(value.to("cpu", self.dtype) if once else value.cpu())
+            self.kept[key] = _Sum(value.to("cpu", self.dtype if once else value.dtype, copy=True))
             return
         how = next(iter(self.how.values()))
         value = value.to(found.value.device)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from workbench.attention.geometry import BLOCKS, IMAGE_TO_IMAGE, IMAGE_TO_TEXT, TEXT_TO_TEXT
-from workbench.errors import InputError, UnknownNameError, nearest
+from workbench.errors import InputError, RunStopped, UnknownNameError, nearest
+from workbench.tracing.ledger import ALL
 from workbench.tracing.steps import Steps, normal
 
 if TYPE_CHECKING:
@@ -73,6 +74,15 @@ class Attention:
             self._listed(name)
         if self.block not in BLOCKS:
             raise UnknownNameError(f"Attention has no block {self.block!r}.{nearest(self.block, BLOCKS)}")
+        if self.branch in (ALL, "both"):
+            raise InputError(
+                f"branch={self.branch!r}: a map is of one branch. Ask twice, for 'cond' and 'uncond'."
+            )
+        if self.block == IMAGE_TO_IMAGE and "layers" in self.reductions:
+            raise InputError(
+                "Layers of other sizes have other queries in 'image->image', so they cannot be reduced. "
+                "Leave 'layers' out of reduce."
+            )
         if self.block == IMAGE_TO_IMAGE and self.words is not None:
             raise InputError("words chooses of the text, and no text is in 'image->image'. Leave it out.")
         if self.queries is not None and self.pixels is not None:
@@ -117,8 +127,13 @@ class Attention:
         from workbench.attention.capture import Run
 
         self._run = Run(self, session)
-        with self._run.watching():
-            yield
+        try:
+            with self._run.watching():
+                yield
+        except Exception as error:
+            if not isinstance(error, RunStopped):
+                self._run = None
+            raise
 
     def deliver(self, record: Record) -> None:
         """Put the maps into the record."""
@@ -126,6 +141,7 @@ class Attention:
         if run is None:
             return
         add_maps(record, run.maps())
+        run.let_go()
 
     def _listed(self, name: str) -> None:
         given = getattr(self, name)

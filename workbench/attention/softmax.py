@@ -14,7 +14,6 @@ Places = slice | torch.Tensor
 """Which queries or keys: a stretch of them, or their positions, ``(count,)`` integers."""
 
 
-@torch.no_grad()
 def weights(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -62,8 +61,11 @@ def weights(
         logits = wanted[:, :, stretch] @ keys * factor
         if mask is not None:
             logits = masked(logits, mask[:, :, stretch] if mask.shape[2] > 1 else mask)
-        part = logits.softmax(-1)[..., columns]
-        parts.append(_joined(part, over_heads))
+        probs = logits.softmax(-1)
+        if mask is not None:
+            # A query that may see no key has no weights; the kernel gives it zeros too.
+            probs = probs.nan_to_num(0.0)
+        parts.append(_joined(probs[..., columns], over_heads))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
 
 

@@ -76,8 +76,9 @@ def find(words: Sequence[Word], asked: str | int | tuple[int, int]) -> Word:
 
     Args:
         words: of the prompt.
-        asked: a word, a phrase of words that follow each other, a place in ``words``, or the first and the
-            end of a stretch of the prompt's characters, of which every word that it touches is meant.
+        asked: a word, a phrase of words that follow each other (of several such the first), a place in
+            ``words``, or the first and the end of a stretch of the prompt's characters, of which every word
+            that it touches is meant.
 
     Raises:
         UnknownNameError: no such word; the message lists those there are.

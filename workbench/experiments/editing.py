@@ -6,9 +6,11 @@ for the first steps, that of the image to itself for fewer.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -98,16 +100,21 @@ def prompt_to_prompt(
     model = source.model
     if not isinstance(model, DiffusionModel):
         raise InputError("This record does not know its model, so it cannot be run again. Record it anew.")
+    if source.spec.interventions or source.ledger[0].samples not in (None, 1):
+        raise InputError(
+            "Prompt-to-prompt begins with a plain run of one prompt; this one has interventions or several "
+            "samples. Record it without: source = model.record(prompt, seed=0)."
+        )
     steps = source.ledger.steps
     wanted = range(max(round(cross * steps), round(own * steps)))
-    first = _with_attention(source, model, wanted, blend)
+    first = _with_attention(source, model, wanted, blend, layers)
     edits = _injections(first, model, prompt, range(round(cross * steps)), range(round(own * steps)), layers)
     if reweight:
         edits.append(Reweight(words=reweight))
     if blend is None:
         return source.fork(0, prompt=prompt, interventions=edits)
     seen = source.fork(0, prompt=prompt, interventions=edits, capture=[_place_of(blend[1])])
-    masks = [_mask(each, like=source) for each in (_maps_of(first, blend[0]), _maps_of(seen, blend[1]))]
+    masks = [_mask(each, like=source) for each in (_all_maps(first)[2], _all_maps(seen)[0])]
     late = range(round(_BLEND_FROM * steps), steps)
     outside = KeepOutside(source=source, mask=masks[0] | masks[1], steps=late)
     return source.fork(0, prompt=prompt, interventions=[*edits, outside])
@@ -131,11 +138,12 @@ def align(source: Sequence[int], target: Sequence[int]) -> torch.Tensor:
 
 
 def _with_attention(
-    source: Record, model: DiffusionModel, steps: range, blend: tuple[str, str] | None
+    source: Record, model: DiffusionModel, steps: range, blend: tuple[str, str] | None, pattern: str
 ) -> Record:
     """Return the source's run again, with what is injected from it."""
-    layers = [path for path, module in modules(model.denoisers).items() if is_attention(module)]
-    kept: list[Any] = [Attention(steps=[0], reduce=["heads", "layers"])]
+    known = modules(model.denoisers).items()
+    layers = [path for path, module in known if is_attention(module) and fnmatchcase(path, pattern)]
+    kept: list[Any] = [Attention(steps=[0], top=1), Attention(steps=[0], top=1, block="image->image")]
     if blend is not None:
         kept.append(_place_of(blend[0]))
     if steps:
@@ -153,17 +161,26 @@ def _injections(
     edits: list[Intervention] = []
     if cross:
         length = sum(len(word.columns) for word in _all_maps(first)[0].text)
-        tokens = _correspondence(model, str(first.spec.arguments.get("prompt", "")), prompt, length)
+        tokens = _correspondence(model, first.spec.arguments, prompt, length)
         edits.append(InjectAttention(layers, cross, source=first, tokens=tokens))
-    if own:
+    # Joint attention is in both; it was put in whole, with the words.
+    to_words, to_itself = (set(maps.layers) for maps in _all_maps(first)[:2])
+    if own and to_itself - to_words:
         edits.append(InjectAttention(layers, own, source=first, block="image->image"))
     return edits
 
 
-def _correspondence(model: DiffusionModel, before: str, after: str, length: int) -> torch.Tensor:
+def _correspondence(
+    model: DiffusionModel, arguments: Mapping[str, Any], after: str, length: int
+) -> torch.Tensor:
     """Return `align` of two prompts along the text as attention sees it, ``(length, length)``."""
+    before = arguments["prompt"]
+    before = before if isinstance(before, str) else before[0]
+    own = inspect.signature(model.pipeline).parameters.get("max_sequence_length")
+    limit = arguments.get("max_sequence_length", None if own is None else own.default)
     readings = [
-        [Reading(each.ids, name) for name, each in model.words(prompt).items()] for prompt in (before, after)
+        [Reading(each.ids, name) for name, each in model.words(prompt, max_sequence_length=limit).items()]
+        for prompt in (before, after)
     ]
     laid = laid_out(readings[0], length)
     if laid is None:
@@ -184,10 +201,6 @@ def _place_of(word: str) -> Attention:
 def _all_maps(record: Record) -> tuple[AttentionMaps, ...]:
     found = record.attention
     return found if isinstance(found, tuple) else (found,)
-
-
-def _maps_of(record: Record, word: str) -> AttentionMaps:
-    return next(each for each in _all_maps(record) if [found.text for found in each.words] == [word])
 
 
 def _mask(maps: AttentionMaps, *, like: Record) -> torch.Tensor:

@@ -18,11 +18,14 @@ import torch
 
 from workbench.attention.geometry import Scope, grid
 from workbench.attention.maps import resize
-from workbench.attention.softmax import weights
+from workbench.attention.softmax import masked
 from workbench.attention.watch import Compute, Handed, Watch
 from workbench.attention.words import find
 from workbench.errors import GuardError, InputError, OutOfOrderError, ShapeError
 from workbench.interventions.intervention import Intervention, check_heads
+from workbench.interventions.patch import nth_call
+from workbench.tracing.gradient import Differentiation
+from workbench.tracing.graph import Graph
 from workbench.tracing.ledger import Row
 from workbench.tracing.record import Record
 from workbench.tracing.session import Session
@@ -51,6 +54,12 @@ class AttentionEdit(Intervention):
     @contextmanager
     def watching(self, session: Session) -> Iterator[None]:
         """Edit the attention layers of a run."""
+        if any(isinstance(each, (Graph, Differentiation)) for each in session.probes):
+            raise GuardError(
+                f"{type(self).__name__} acts inside of the kernel, where a derivative that computes "
+                "calls again does not see it. Take the derivative without it, or change the weights by "
+                "wb.Attach at the port probs."
+            )
         acting = _Acting(self, session)
         session.rig.enter(acting.watch.looking(acting.look))
         yield
@@ -176,8 +185,8 @@ class InjectAttention(AttentionEdit):
 
     Attributes:
         source: the run they come from.
-        block: ``"image->text"`` for cross-attention, ``"image->image"`` for self-attention; joint attention
-            is both.
+        block: ``"image->text"`` for cross-attention and joint attention, ``"image->image"`` for
+            self-attention.
         tokens: how much each token of this run's text takes from each of the source's,
             ``(tokens, source tokens)``; a row of zeros keeps this run's own weights. None is one to one.
     """
@@ -197,8 +206,8 @@ class InjectAttention(AttentionEdit):
             raise InputError("tokens say how texts correspond, and no text is in 'image->image'.")
 
     def fits(self, scope: Scope) -> bool:
-        """Whether a layer has the block."""
-        return scope.has(self.block)
+        """Whether a layer has the block; joint attention, which is one matrix, goes with the text."""
+        return scope.text > 0 if self.block == "image->text" else scope.text == 0
 
     def attend(self, call: Call) -> torch.Tensor:
         """Return the layer's output under the source's weights."""
@@ -215,7 +224,7 @@ class InjectAttention(AttentionEdit):
         for branch, rows in call.parts:
             chosen = [row for row, _ in call.samples_of(self, rows)]
             for port, tensor in (("query", query), ("key", key)):
-                given = self._given(call, port, branch, tensor[chosen])
+                given = self._given(call, port, branch, tensor[rows])[[row - rows.start for row in chosen]]
                 for head in heads if tensor.shape[1] == query.shape[1] else range(tensor.shape[1]):
                     tensor[chosen, head] = given[:, head]
             if self.tokens is not None:
@@ -224,13 +233,15 @@ class InjectAttention(AttentionEdit):
         return made + call.unseen(value=own) if own.any() else made
 
     def _given(self, call: Call, port: str, branch: str, like: torch.Tensor) -> torch.Tensor:
-        found = self.source.at(f"{call.scope.path}:{port}", step=call.row.step, branch=branch)
-        if found.shape[1:] != like.shape[1:] or len(like) % len(found):
+        """Return the source's for one branch's rows: of its only sample, or of as many as this run has."""
+        nth = nth_call(self.source, call.row, branch)
+        found = self.source.at(f"{call.scope.path}:{port}", step=call.row.step, branch=branch, nth=nth)
+        if found.shape[1:] != like.shape[1:] or len(found) not in (1, len(like)):
             raise ShapeError(
                 f"At {call.scope.path}:{port} the source has {describe(found)}, and this run "
-                f"{describe(like)}. Run both at the same size."
+                f"{describe(like)}. Run both at the same size, with one sample or as many in the source."
             )
-        return found.repeat(len(like) // len(found), 1, 1, 1).to(like.device, like.dtype)
+        return found.expand(like.shape).to(like.device, like.dtype)
 
     def _rearrange(
         self, call: Call, value: torch.Tensor, own: torch.Tensor, chosen: list[int], heads: list[int]
@@ -277,30 +288,33 @@ class ForceMap(AttentionEdit):
     def attend(self, call: Call) -> torch.Tensor:
         """Return the layer's output with the word's weights as they were said."""
         query, key, value = (call.handed[name] for name in ("query", "key", "value"))
-        made = call.kernel()
-        edited = made.float()
+        edited = call.kernel().clone()
         image = call.scope.span("image", query.shape[2])
         shape = grid(image.stop - image.start, *call.watch.aspect)
         if shape is None:
             raise InputError(f"The queries of {call.scope.path} form no picture.")
         wanted = resize(self.map.float(), shape).flatten().to(query.device)[:, None]
-        mask = call.handed.get("attn_mask")
         for row, sample in call.samples(self):
             one, columns = slice(row, row + 1), call.columns(self.word, sample)
-            own = weights(
-                query[one],
-                key[one],
-                queries=image,
-                columns=columns,
-                scale=call.handed.get("scale"),
-                mask=mask[one] if mask is not None and mask.ndim == 4 and len(mask) > 1 else mask,
+            mask = torch.zeros(1, 1, 1, key.shape[2], device=query.device, dtype=query.dtype)
+            mask[..., columns] = float("-inf")
+            # What the others are left with, the word being hidden, is the kernel's own work.
+            others = call.unseen(
+                query=query[one], key=key[one], value=value[one], attn_mask=self._hidden(call, mask, row)
             )[0]
             for head in call.heads(self.heads, query.shape[1]):
-                words = value[row, head * value.shape[1] // query.shape[1], columns].float()
-                others = edited[row, head, image] - own[head] @ words
-                left = (1 - wanted) / (1 - own[head].sum(1, keepdim=True)).clamp(min=1e-6)
-                edited[row, head, image] = others * left + wanted * words.mean(0)
-        return edited.to(made.dtype)
+                words = value[row, head * value.shape[1] // query.shape[1], columns].mean(0)
+                left = others[head, image] * (1 - wanted)
+                edited[row, head, image] = (left + wanted * words).to(edited.dtype)
+        return edited
+
+    def _hidden(self, call: Call, mask: torch.Tensor, row: int) -> torch.Tensor:
+        """Return a mask that hides a word, together with the layer's own."""
+        own = call.handed.get("attn_mask")
+        if own is None:
+            return mask
+        own = own[row : row + 1] if own.ndim == 4 and len(own) > 1 else own
+        return masked(mask, own).to(mask.dtype)
 
 
 class _Acting:

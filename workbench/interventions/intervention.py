@@ -103,7 +103,10 @@ def check_heads(heads: int | Iterable[int], count: int, *, site: str) -> list[in
     for head in chosen:
         if not -count <= head < count:
             raise InputError(f"{site} has {count} heads (0 to {count - 1}); {head} is none of them.")
-    return [head % count for head in chosen]
+    found = [head % count for head in chosen]
+    if len(set(found)) < len(found):
+        raise InputError(f"heads={chosen} names a head of {site} twice.")
+    return found
 
 
 def _numbers(name: str, asked: int | Iterable[int]) -> tuple[int, ...]:

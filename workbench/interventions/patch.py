@@ -49,7 +49,7 @@ class Patch(Intervention):
 
     def new_value(self, site: Site, value: torch.Tensor, row: Row, branch: str) -> torch.Tensor:
         """Return the source's activation at the same step and branch, ``(rows, ...)``."""
-        nth = self._nth(row, branch)
+        nth = nth_call(self.source, row, branch)
         found = self._for_samples(self.source.at(site, step=row.step, branch=branch, nth=nth), value, row)
         if self.heads is not None:
             found = found[:, check_heads(self.heads, found.shape[1], site=str(site))]
@@ -70,7 +70,8 @@ class Patch(Intervention):
             return found.repeat(len(value) // len(found), *[1] * (found.ndim - 1))
         return found
 
-    def _nth(self, row: Row, branch: str) -> int:
-        """Return which call of its step and branch ``row`` is, by its place among the step's ticks."""
-        ticks = {each.tick for each in self.source.ledger.at(row.step, ALL if branch == GUIDED else branch)}
-        return row.tick - min(ticks) if len(ticks) > 1 else 0
+
+def nth_call(source: Record, row: Row, branch: str) -> int:
+    """Return which of the source's calls of its step and branch ``row`` is, by its place among the ticks."""
+    ticks = {each.tick for each in source.ledger.at(row.step, ALL if branch == GUIDED else branch)}
+    return row.tick - min(ticks) if len(ticks) > 1 else 0

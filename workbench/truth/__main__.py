@@ -14,7 +14,7 @@ from workbench.truth.editing import kept_places
 from workbench.truth.methods import compare_methods
 from workbench.truth.patching import colour_rates
 from workbench.zoo import shapes
-from workbench.zoo.world import SHAPES
+from workbench.zoo.language import SHAPES
 
 STEPS = tuple(range(10, 20))
 PATCH = PatchSpec(site="unet.up_blocks.2.attentions.1.transformer_blocks.0.attn2", steps=STEPS, branch="cond")

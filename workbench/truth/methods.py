@@ -81,7 +81,8 @@ def compare_methods(
         masks = [thing.mask for thing in shapes.read(image).things if thing.shape == word]
         if len(masks) != 1:
             continue
-        for name, values in _maps(*run.attention, word, image.size):
+        raw, of_concepts = run.attention
+        for name, values in _maps(raw, of_concepts, word, image.size):
             scores.add(name, resize(values, (image.height, image.width)).numpy(), masks[0])
         rows, columns = np.indices(masks[0].shape)
         middle = [(each - 1) / 2 for each in masks[0].shape]

@@ -64,7 +64,7 @@ class RunControls {
     this.leaving.element.title =
       "0: the source runs on its own. A later step: it leaves the target's run there, so that both images have one layout.";
     this.sourceSeed.element.title = "The source has its own noise";
-    this.prompts[0].element.append(this.sourceSeed.element, this.leaving.element);
+    this.prompts[0].element.append(this.leaving.element);
     this.build();
     this.follow();
     if (panel.saved) this.freeze();
@@ -125,7 +125,8 @@ class RunControls {
     const worded = this.model.get("can_prompt");
     for (const field of this.prompts) field.area.hidden = !worded;
     this.leaving.element.hidden = !worded;
-    this.sourceSeed.element.hidden = this.model.get("source_seed") === null;
+    if (this.model.get("source_seed") === null) this.sourceSeed.element.remove();
+    else this.leaving.element.before(this.sourceSeed.element);
     const seed = this.numbers[0]!.element;
     if (worded) this.head.prepend(seed);
     else this.prompts[1].element.append(seed);
