@@ -224,3 +224,11 @@ def test_weights_are_the_plain_formula(monkeypatch, mask, heads, chunk):
         mask=given,
     )
     assert (scattered - every.amax(1)[:, [5, 0]][:, :, [8, 2, 2]]).abs().max() <= TOLERANCE
+
+
+def test_a_layer_that_joins_image_and_text_by_itself_is_refused():
+    case = tiny.FAMILIES["cogvideox"]
+    model = DiffusionModel(case.build())
+    with pytest.raises(GuardError, match="puts image and text together by itself"):
+        model.record(**case.arguments, seed=0, capture=[Attention()])
+    assert model.record(**case.arguments, seed=0).frames is not None

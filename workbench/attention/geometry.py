@@ -28,6 +28,7 @@ class Scope:
         mixed: whether text and image are one sequence (joint attention).
         text_first: in a mixed sequence, whether the text comes first; None until it is seen.
         text_keys: the text's own keys, where the layer projects them by themselves.
+        image: how many tokens the layer was given besides.
     """
 
     path: str
@@ -35,6 +36,11 @@ class Scope:
     mixed: bool = False
     text_first: bool | None = None
     text_keys: torch.Tensor | None = None
+    image: int = 0
+
+    def joins_by_itself(self, queries: int, keys: int) -> bool:
+        """Whether the layer puts image and text together in a way that is not known here."""
+        return not self.mixed and self.text > 0 and queries == keys == self.image + self.text
 
     def see_cat(self, tensors: Any) -> None:
         """Learn the order of a mixed sequence from how its two halves are put together."""
@@ -84,7 +90,7 @@ def scope_of(path: str, kwargs: dict[str, Any], args: tuple[Any, ...], outer: di
     hidden = kwargs.get("hidden_states", args[0] if args else None)
     length = hidden.shape[1] if isinstance(hidden, torch.Tensor) and hidden.ndim == 3 else 0
     if isinstance(own, torch.Tensor) and own.ndim == 3:
-        return Scope(path, own.shape[1], mixed=False)
+        return Scope(path, own.shape[1], mixed=False, image=length)
     text, image = outer.get("encoder_hidden_states"), outer.get("hidden_states")
     if not isinstance(text, torch.Tensor) or not isinstance(image, torch.Tensor):
         return Scope(path)

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from workbench.attention.geometry import Scope, aspect_of, is_attention, scope_of
 from workbench.attention.words import Word, reading, words_of
-from workbench.errors import UnknownNameError, nearest
+from workbench.errors import GuardError, UnknownNameError, nearest
 from workbench.tracing.guards import check_maps
 from workbench.tracing.session import Session
 from workbench.tracing.sites import modules
@@ -150,7 +150,13 @@ class _Looking(TorchFunctionMode):
         if stack:
             if func is functional.scaled_dot_product_attention:
                 handed = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
-                changed = self.look(stack[-1], handed, func)
+                scope, query, key = stack[-1], handed["query"], handed["key"]
+                if scope.joins_by_itself(query.shape[2], key.shape[2]):
+                    raise GuardError(
+                        f"{scope.path} puts image and text together by itself, and which is which is not "
+                        "known. Read its weights at the port probs, or leave it out of sites."
+                    )
+                changed = self.look(scope, handed, func)
                 if changed is not None:
                     return changed
             elif func is torch.cat:
