@@ -62,7 +62,7 @@ class Kernel(TorchFunctionMode):
 
 
 def watched(name, **asked):
-    case = tiny.CASES[name]
+    case = tiny.FAMILIES[name]
     pipeline = case.build()
     denoiser = "unet" if hasattr(pipeline, "unet") else "transformer"
     with Kernel(pipeline, denoiser) as kernel:

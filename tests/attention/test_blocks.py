@@ -16,7 +16,7 @@ from workbench.tracing.storage.saved import load_record
 TOLERANCE = 1e-6
 CROSS = "unet.mid_block.attentions.0.transformer_blocks.0.attn2"
 SELF = "unet.mid_block.attentions.0.transformer_blocks.0.attn1"
-JOINT = {"sd3": (False, 48), "flux": (True, 24)}
+JOINT = {"sd3": (False, 48), "flux": (True, 24), "cogvideox": (True, 24), "hunyuan-video": (False, 24)}
 SIZE = (16, 16)
 
 
@@ -46,7 +46,7 @@ def test_each_block_of_joint_attention_is_the_kernels(name, block):
 
 @pytest.mark.parametrize("name", list(JOINT))
 def test_the_blocks_of_a_query_sum_to_one(name):
-    case = tiny.CASES[name]
+    case = tiny.FAMILIES[name]
     asked = [Attention(block=block) for block in ("image->text", "image->image", "text->image", "text->text")]
     record = DiffusionModel(case.build()).record(**case.arguments, seed=0, capture=asked)
     to_text, to_image, from_text, in_text = record.attention

@@ -226,9 +226,29 @@ def test_weights_are_the_plain_formula(monkeypatch, mask, heads, chunk):
     assert (scattered - every.amax(1)[:, [5, 0]][:, :, [8, 2, 2]]).abs().max() <= TOLERANCE
 
 
-def test_a_layer_that_joins_image_and_text_by_itself_is_refused():
-    case = tiny.FAMILIES["cogvideox"]
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [("auraflow", "single_transformer_blocks.0.attn"), ("lumina2", "layers.0.attn")],
+)
+@pytest.mark.parametrize("block", ["image->text", "image->image"])
+def test_a_layer_given_image_and_text_as_one_is_refused(name, layer, block):
+    case = tiny.FAMILIES[name]
     model = DiffusionModel(case.build())
-    with pytest.raises(GuardError, match="puts image and text together by itself"):
-        model.record(**case.arguments, seed=0, capture=[Attention()])
-    assert model.record(**case.arguments, seed=0).frames is not None
+    with pytest.raises(GuardError, match=f"{layer} puts image and text together by itself"):
+        model.record(**case.arguments, seed=0, capture=[Attention(block=block)])
+
+
+def test_layers_that_refine_the_text_or_look_along_frames_are_no_picture():
+    case = tiny.FAMILIES["lumina2"]
+    picture = Attention(block="image->image", sites=["transformer.noise_refiner.0.attn"])
+    model = DiffusionModel(case.build())
+    maps = model.record(**case.arguments, seed=0, capture=[picture]).attention
+    assert set(maps.layers) == {"transformer.noise_refiner.0.attn"}
+    text = Attention(block="image->image", sites=["transformer.context_refiner.0.attn"])
+    with pytest.raises(InputError, match="has no attention image->image"):
+        model.record(**case.arguments, seed=0, capture=[text])
+    case = tiny.FAMILIES["animatediff"]
+    every = Attention(block="image->image")
+    maps = DiffusionModel(case.build()).record(**case.arguments, seed=0, capture=[every]).attention
+    assert maps.layers
+    assert not any("motion" in path for path in maps.layers)

@@ -21,7 +21,8 @@ from workbench.attention.plan import LayerCost, Plan, default_budget
 from workbench.attention.reduction import Reduction
 from workbench.attention.request import Attention
 from workbench.attention.softmax import Places, causal, weights
-from workbench.attention.watch import Compute, Handed, Watch
+from workbench.attention.tap import LOOK, Handed, Rest
+from workbench.attention.watch import Watch
 from workbench.attention.words import Word, find
 from workbench.errors import GuardError, InputError
 from workbench.tracing.ledger import Row
@@ -44,6 +45,9 @@ class Run:
         self.planning = planning
         self.plan: Plan | None = None
         self._first: Row | None = None
+        self._met: Row | None = None
+        self._met_wanted = False
+        self._fits = True
         self._steps: Steps = normal(asked.steps)
         self._reduction = Reduction(
             {axis: how for axis, how in asked.reductions.items() if axis != "heads"}, asked.dtype
@@ -64,9 +68,8 @@ class Run:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Watch the attention layers of the run."""
-        self._watch = Watch(self.session, self.asked.sites, entered=self._entered)
+        self._watch = Watch(self.session, self.asked.sites, turn=LOOK, wants=self._wants, look=self._look)
         self.session.clock.finished.append(lambda _row, _output: self._check_plan())
-        self.session.rig.enter(self._watch.looking(self._look))
         yield
 
     def maps(self) -> AttentionMaps:
@@ -117,26 +120,32 @@ class Run:
     def _wanted_row(self) -> Row | None:
         """Return the ledger row of this call if it is wanted."""
         row = self.session.clock.row
-        if row is None or self.session.recomputing or self.session.replaying(row):
+        if row is None or self.session.recomputing:
             return None
-        if not row.has(self.asked.branch):
-            return None
-        if self.planning:
-            return row
-        return row if covers(self._steps, row, self.session.clock.total_steps) else None  # type: ignore[arg-type]
+        if row is not self._met:
+            self._met, self._met_wanted = row, self._wants_row(row)
+        return row if self._met_wanted else None
 
-    def _entered(self, scope: Scope) -> None:
-        if scope.has(self.asked.block):
-            self._expected.add(scope.path)
+    def _wants_row(self, row: Row) -> bool:
+        if self.session.replaying(row) or not row.has(self.asked.branch):
+            return False
+        return self.planning or covers(self._steps, row, self.session.clock.total_steps)  # type: ignore[arg-type]
 
-    def _look(self, scope: Scope, handed: Handed, _: Compute) -> None:
+    def _wants(self, scope: Scope) -> bool:
+        if not scope.may_have(self.asked.block):
+            self._without.add(scope.path)
+            return False
+        if self._wanted_row() is None:
+            return False
+        self._expected.add(scope.path)
+        return True
+
+    def _look(self, scope: Scope, handed: Handed, _: Rest) -> None:
         """Take what is wanted of one attention call."""
         self._seen.add(scope.path)
-        if not scope.has(self.asked.block):
-            self._without.add(scope.path)
-            return
         row = self._wanted_row()
-        if row is None:
+        if row is None or not scope.has(self.asked.block):
+            self._without.add(scope.path)
             return
         query, key = handed["query"], handed["key"]
         if query.shape[0] % len(row.branches):
@@ -155,7 +164,8 @@ class Run:
         if new:
             self._planned.add(scope.path)
             plan.layers.append(cost)
-        if not plan.fits:
+            self._fits = plan.fits
+        if not self._fits:
             if row is not self._first and not self.planning:
                 plan.check()
             return

@@ -10,16 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from workbench.attention.geometry import Scope
+from workbench.attention.geometry import IMAGE_TO_TEXT, Scope
 from workbench.attention.maps import AttentionMaps
 from workbench.attention.request import add_maps
-from workbench.attention.watch import Compute, Handed, Watch
+from workbench.attention.tap import LOOK, Handed
+from workbench.attention.watch import Watch
 from workbench.attention.words import Word, find
 from workbench.errors import GuardError, InputError
 from workbench.tracing.ledger import Row
@@ -194,14 +194,19 @@ class ConceptReader:
     @contextmanager
     def watching(self, session: Session) -> Iterator[None]:
         """Watch the attention layers of a run."""
-        watch = Watch(session, None)
+        watch = Watch(
+            session,
+            None,
+            turn=LOOK,
+            wants=lambda scope: scope.may_have(IMAGE_TO_TEXT),
+            look=lambda scope, handed, _: self._look(session, watch, scope, handed),
+        )
         known = modules(session.system.denoisers)
         firsts: dict[str, str] = {}
         for path in joint_blocks(known):
             firsts.setdefault(path.partition(".")[0], path)
         for path in firsts.values():
             self._watch_first(session, watch, path, known[path])
-        session.rig.enter(watch.looking(partial(self._look, session, watch)))
         yield
 
     def deliver(self, record: Record) -> None:
@@ -210,7 +215,7 @@ class ConceptReader:
     def _columns(self, watch: Watch, length: int) -> list[int]:
         return list(find(watch.words(length), self.name).columns)
 
-    def _look(self, session: Session, watch: Watch, scope: Scope, handed: Handed, _: Compute) -> None:
+    def _look(self, session: Session, watch: Watch, scope: Scope, handed: Handed) -> None:
         row = session.clock.row
         if row is None or not row.has("cond") or not scope.text or scope.mixed:
             return

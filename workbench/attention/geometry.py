@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from inspect import signature
+from math import ceil
 from typing import Any
 
 import torch
 from torch import nn
+
+from workbench.errors import GuardError
 
 IMAGE_TO_TEXT, TEXT_TO_IMAGE = "image->text", "text->image"
 IMAGE_TO_IMAGE, TEXT_TO_TEXT = "image->image", "text->text"
@@ -24,11 +29,16 @@ class Scope:
 
     Attributes:
         path: the module's path.
-        text: how many text tokens there are, 0 for self-attention.
+        text: how many text tokens it looks at, 0 for self-attention.
         mixed: whether text and image are one sequence (joint attention).
         text_first: in a mixed sequence, whether the text comes first; None until it is seen.
         text_keys: the text's own keys, where the layer projects them by themselves.
         image: how many tokens the layer was given besides.
+        batch: how many rows it was given.
+        streams: what it was given for image and text, where these are apart.
+        calls: how many times it has called the kernel.
+        masked: whether it masks keys in that call.
+        of_image: whether what the layer was given besides the text is the image, as far as can be told.
     """
 
     path: str
@@ -37,6 +47,11 @@ class Scope:
     text_first: bool | None = None
     text_keys: torch.Tensor | None = None
     image: int = 0
+    batch: int | None = None
+    streams: tuple[torch.Tensor, torch.Tensor] | None = None
+    calls: int = 0
+    masked: bool = False
+    of_image: bool = True
 
     def joins_by_itself(self, queries: int, keys: int) -> bool:
         """Whether the layer puts image and text together in a way that is not known here."""
@@ -44,27 +59,34 @@ class Scope:
 
     def see_cat(self, tensors: Any) -> None:
         """Learn the order of a mixed sequence from how its two halves are put together."""
-        if not self.mixed or self.text_first is not None or len(tensors) != 2:
+        if len(tensors) != 2:
             return
-        first, second = (self._has_text_keys(tensor) for tensor in tensors)
+        if self.streams is not None and not self.mixed:
+            image, text = self.streams
+            if {id(each) for each in tensors} == {id(image), id(text)}:
+                self.mixed, self.text_first = True, tensors[0] is text
+        if not self.mixed or self.text_first is not None:
+            return
+        first, second = (_same_storage(tensor, self.text_keys) for tensor in tensors)
         if first == second:
             first, second = (tensor.ndim > 2 and self.text in tensor.shape[1:-1] for tensor in tensors)
         # Where both are as long as the text, the queries say nothing and the keys decide.
         if first != second:
             self.text_first = first
 
-    def _has_text_keys(self, tensor: torch.Tensor) -> bool:
-        if self.text_keys is None:
-            return False
-        return tensor.untyped_storage().data_ptr() == self.text_keys.untyped_storage().data_ptr()
-
     def has(self, block: str) -> bool:
         """Whether the call has this block of the attention matrix (see `BLOCKS`)."""
+        if not self.of_image:
+            return False
         return self.mixed or block == (IMAGE_TO_TEXT if self.text else IMAGE_TO_IMAGE)
+
+    def may_have(self, block: str) -> bool:
+        """Whether it has, as far as can be told before image and text may be put together."""
+        return self.has(block) or (self.streams is not None and self.of_image)
 
     def span(self, stream: str, total: int) -> slice:
         """Return where ``"image"`` or ``"text"`` stands among ``total`` queries or keys."""
-        if not self.mixed:
+        if not self.mixed or (stream == "image" and total == self.image):
             return slice(0, total)
         first = (stream == "text") == (self.text_first is not False)
         length = self.text if stream == "text" else total - self.text
@@ -76,26 +98,122 @@ def is_attention(module: nn.Module) -> bool:
     return hasattr(module, "processor") and hasattr(module, "to_q")
 
 
-def scope_of(path: str, kwargs: dict[str, Any], args: tuple[Any, ...], outer: dict[str, Any]) -> Scope:
+def scope_of(
+    path: str, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], outer: Mapping[str, Any]
+) -> Scope:
     """Return the scope of an attention call.
 
     Args:
         path: the module's path.
-        kwargs: its keyword arguments.
+        layer: the module.
         args: its positional arguments.
-        outer: the keyword arguments of the block around it, where single-stream blocks say how long
+        kwargs: its keyword arguments.
+        outer: the arguments of the block around it by name, where single-stream blocks say how long
             the text is that they have already put in front of the image.
     """
-    own = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
     hidden = kwargs.get("hidden_states", args[0] if args else None)
-    length = hidden.shape[1] if isinstance(hidden, torch.Tensor) and hidden.ndim == 3 else 0
-    if isinstance(own, torch.Tensor) and own.ndim == 3:
-        return Scope(path, own.shape[1], mixed=False, image=length)
-    text, image = outer.get("encoder_hidden_states"), outer.get("hidden_states")
-    if not isinstance(text, torch.Tensor) or not isinstance(image, torch.Tensor):
+    own = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
+    if not isinstance(hidden, torch.Tensor):
         return Scope(path)
-    joined = text.ndim == image.ndim == 3 and length == text.shape[1] + image.shape[1]
-    return Scope(path, text.shape[1], mixed=True, text_first=True) if joined else Scope(path)
+    image = hidden.shape[1] if hidden.ndim == 3 else hidden.shape[2:].numel()
+    found = Scope(path, image=image, batch=hidden.shape[0])
+    if isinstance(own, torch.Tensor) and own.ndim == 3 and own is not hidden:
+        found.text, found.streams = own.shape[1], (hidden, own)
+        found.mixed = getattr(layer, "add_k_proj", None) is not None
+        return found
+    text, beside = outer.get("encoder_hidden_states"), outer.get("hidden_states")
+    if not isinstance(text, torch.Tensor) or not isinstance(beside, torch.Tensor):
+        return found
+    if text.ndim == beside.ndim == 3 and image == text.shape[1] + beside.shape[1]:
+        found.text, found.mixed, found.text_first = text.shape[1], True, True
+        found.image = beside.shape[1]
+    return found
+
+
+def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a module is called with, by the names of its forward's parameters."""
+    return {**dict(zip(_names(type(module).forward), args, strict=False)), **kwargs}
+
+
+@cache
+def _names(forward: Any) -> list[str]:
+    return list(signature(forward).parameters)[1:]
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a denoiser is given in a call; by it, layers are told apart that are told of no text.
+
+    Attributes:
+        images: the numbers of tokens that its picture or film may be in a layer; empty if unknown.
+        rows: the numbers of rows that these may come in.
+        texts: the lengths of its texts.
+        packed: whether its picture comes as a sequence, from which others may differ by a token or two.
+    """
+
+    images: frozenset[int] = frozenset()
+    rows: frozenset[int] = frozenset()
+    texts: frozenset[int] = frozenset()
+    packed: bool = False
+
+    @classmethod
+    def to(cls, denoiser: nn.Module, named: Mapping[str, Any]) -> Given:
+        """Return what ``denoiser`` is given, by the names of its parameters."""
+        sample = named.get("sample", named.get("hidden_states"))
+        texts = frozenset(
+            value.shape[1]
+            for name, value in named.items()
+            if name.startswith("encoder_hidden_states") and getattr(value, "ndim", 0) == 3
+        )
+        if not isinstance(sample, torch.Tensor) or sample.ndim not in (3, 4, 5):
+            return cls(texts=texts)
+        if sample.ndim == 3:
+            return cls(frozenset(sample.shape[1:]), frozenset(sample.shape[:1]), texts, packed=True)
+        patch = _patch(denoiser)
+        sides = [patch] if patch else [2**level for level in range(8)]
+        pictures = {ceil(sample.shape[-2] / side) * ceil(sample.shape[-1] / side) for side in sides}
+        frames = {1, *sample.shape[1:-2]} if sample.ndim == 5 else {1}
+        thinned = {ceil(count / by) for count in frames for by in (1, 2, 4)}
+        return cls(
+            frozenset(picture * count for picture in pictures for count in thinned),
+            frozenset(sample.shape[0] * count for count in frames),
+            texts,
+        )
+
+    def of_image(self, scope: Scope) -> bool:
+        """Whether what a layer is given besides the text it is told of is the image: not text, nor frames.
+
+        Raises:
+            GuardError: it is the image and more: text stands in it, and nobody knows where.
+        """
+        if scope.mixed or not self.images:
+            return True
+        tokens = scope.image
+        if tokens not in self.images and self.texts and not scope.text:
+            if tokens in self.texts:
+                return False
+            if tokens > max(self.images) + (min(self.texts) - 1 if self.packed else 0):
+                raise unknown_order(scope.path)
+        return scope.batch in self.rows
+
+
+def unknown_order(path: str) -> GuardError:
+    """Return the refusal of a layer whose text nobody can tell from its image."""
+    return GuardError(
+        f"{path} puts image and text together by itself, and which is which is not known. Read its weights "
+        "at the port probs, or leave it out of sites."
+    )
+
+
+def _patch(denoiser: nn.Module) -> int | None:
+    """Return how many latent pixels a side make a token in a transformer; None for a UNet."""
+    size = getattr(getattr(denoiser, "config", None), "patch_size", None)
+    side = size[-1] if isinstance(size, (tuple, list)) else size
+    return side if isinstance(side, int) else None
+
+
+def _same_storage(tensor: torch.Tensor, other: torch.Tensor | None) -> bool:
+    return other is not None and tensor.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def aspect_of(sample: Any, arguments: Mapping[str, Any]) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -114,7 +114,7 @@ class Attention:
     @property
     def reductions(self) -> dict[str, str]:
         """``"mean"`` or ``"max"`` by axis."""
-        return _reductions(self.reduce)
+        return cast("dict[str, str]", self.reduce)
 
     @property
     def keys_are_text(self) -> bool:

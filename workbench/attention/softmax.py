@@ -51,14 +51,14 @@ def weights(
         query, key = query[:, chosen], key[:, chosen]
         mask = mask[:, chosen] if mask is not None and mask.shape[1] > 1 else mask
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    wanted, keys = query[:, :, queries].float(), key.float().transpose(-1, -2)
+    wanted, keys = query[:, :, queries].float() * factor, key.float().transpose(-1, -2)
     if mask is not None and mask.shape[2] > 1:
         mask = mask[:, :, queries]
     chunk = max(_CHUNK // max(wanted.shape[0] * wanted.shape[1] * keys.shape[3], 1), 1)
     parts = []
     for start in range(0, wanted.shape[2], chunk):
         stretch = slice(start, start + chunk)
-        logits = wanted[:, :, stretch] @ keys * factor
+        logits = wanted[:, :, stretch] @ keys
         if mask is not None:
             logits = masked(logits, mask[:, :, stretch] if mask.shape[2] > 1 else mask)
         probs = logits.softmax(-1)
@@ -71,7 +71,7 @@ def weights(
 
 def masked(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Return logits under a mask: boolean, True where a key may be seen, or added to them."""
-    return logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask.float()
+    return torch.where(mask, logits, float("-inf")) if mask.dtype == torch.bool else logits + mask.float()
 
 
 def causal(queries: int, keys: int, device: torch.device) -> torch.Tensor:

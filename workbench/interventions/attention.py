@@ -19,13 +19,12 @@ import torch
 from workbench.attention.geometry import Scope, grid
 from workbench.attention.maps import resize
 from workbench.attention.softmax import masked
-from workbench.attention.watch import Compute, Handed, Watch
+from workbench.attention.tap import EDIT, Handed, Rest
+from workbench.attention.watch import Watch
 from workbench.attention.words import find
 from workbench.errors import GuardError, InputError, OutOfOrderError, ShapeError
 from workbench.interventions.intervention import Intervention, check_heads
 from workbench.interventions.patch import nth_call
-from workbench.tracing.gradient import Differentiation
-from workbench.tracing.graph import Graph
 from workbench.tracing.ledger import Row
 from workbench.tracing.record import Record
 from workbench.tracing.session import Session
@@ -54,14 +53,7 @@ class AttentionEdit(Intervention):
     @contextmanager
     def watching(self, session: Session) -> Iterator[None]:
         """Edit the attention layers of a run."""
-        if any(isinstance(each, (Graph, Differentiation)) for each in session.probes):
-            raise GuardError(
-                f"{type(self).__name__} acts inside of the kernel, where a derivative that computes "
-                "calls again does not see it. Take the derivative without it, or change the weights by "
-                "wb.Attach at the port probs."
-            )
         acting = _Acting(self, session)
-        session.rig.enter(acting.watch.looking(acting.look))
         yield
         acting.check()
 
@@ -95,7 +87,7 @@ class Call:
         row: the denoiser's call.
         parts: the branches that are edited, with their rows.
         watch: the run's words and the picture's shape.
-        compute: the kernel.
+        rest: the edits that come after, those who look, and the kernel.
     """
 
     scope: Scope
@@ -103,22 +95,21 @@ class Call:
     row: Row
     parts: Sequence[tuple[str, slice]]
     watch: Watch
-    compute: Compute
+    rest: Rest
 
     def kernel(self, **changed: torch.Tensor) -> torch.Tensor:
-        """Return what the kernel makes with some of its arguments changed; whoever watches sees these."""
-        return self.compute(**{**self.handed, **changed})
+        """Return what the rest makes with some of the arguments changed; whoever looks sees these."""
+        return self.rest(**{**self.handed, **changed})
 
     def unseen(self, **changed: torch.Tensor) -> torch.Tensor:
-        """Return the same, not seen by those who watch: it is only a part of the result."""
-        with torch._C.DisableTorchFunction():
-            return self.compute(**{**self.handed, **changed})
+        """Return the same, not seen by those who look: it is only a part of the result."""
+        return self.rest.unseen(**{**self.handed, **changed})
 
     def image_only(self, edited: torch.Tensor) -> torch.Tensor:
         """Return ``edited`` for the image's queries, and in joint attention the text's as they were."""
         if not self.scope.mixed:
             return edited
-        made = self.unseen()
+        made = self.unseen().clone()
         image = self.scope.span("image", edited.shape[2])
         made[:, :, image] = edited[:, :, image]
         return made
@@ -211,7 +202,7 @@ class InjectAttention(AttentionEdit):
 
     def attend(self, call: Call) -> torch.Tensor:
         """Return the layer's output under the source's weights."""
-        if call.handed.get("attn_mask") is not None:
+        if call.scope.masked:
             raise GuardError(
                 f"{call.scope.path} masks part of its keys, and the source's mask is not known, so its "
                 "weights cannot be made again. Leave this layer out."
@@ -287,34 +278,31 @@ class ForceMap(AttentionEdit):
 
     def attend(self, call: Call) -> torch.Tensor:
         """Return the layer's output with the word's weights as they were said."""
-        query, key, value = (call.handed[name] for name in ("query", "key", "value"))
+        query, value = call.handed["query"], call.handed["value"]
         edited = call.kernel().clone()
         image = call.scope.span("image", query.shape[2])
         shape = grid(image.stop - image.start, *call.watch.aspect)
         if shape is None:
             raise InputError(f"The queries of {call.scope.path} form no picture.")
         wanted = resize(self.map.float(), shape).flatten().to(query.device)[:, None]
-        for row, sample in call.samples(self):
-            one, columns = slice(row, row + 1), call.columns(self.word, sample)
-            mask = torch.zeros(1, 1, 1, key.shape[2], device=query.device, dtype=query.dtype)
-            mask[..., columns] = float("-inf")
-            # What the others are left with, the word being hidden, is the kernel's own work.
-            others = call.unseen(
-                query=query[one], key=key[one], value=value[one], attn_mask=self._hidden(call, mask, row)
-            )[0]
+        columns = {row: call.columns(self.word, sample) for row, sample in call.samples(self)}
+        # What the others are left with, the word being hidden, is the kernel's own work.
+        others = call.unseen(attn_mask=self._hidden(call, columns))
+        for row, places in columns.items():
             for head in call.heads(self.heads, query.shape[1]):
-                words = value[row, head * value.shape[1] // query.shape[1], columns].mean(0)
-                left = others[head, image] * (1 - wanted)
+                words = value[row, head * value.shape[1] // query.shape[1], places].mean(0)
+                left = others[row, head, image] * (1 - wanted)
                 edited[row, head, image] = (left + wanted * words).to(edited.dtype)
         return edited
 
-    def _hidden(self, call: Call, mask: torch.Tensor, row: int) -> torch.Tensor:
-        """Return a mask that hides a word, together with the layer's own."""
+    def _hidden(self, call: Call, columns: Mapping[int, torch.Tensor]) -> torch.Tensor:
+        """Return a mask that hides the word in its rows, together with the layer's own."""
+        query, key = call.handed["query"], call.handed["key"]
+        mask = torch.zeros(query.shape[0], 1, 1, key.shape[2], device=query.device, dtype=query.dtype)
+        for row, places in columns.items():
+            mask[row, ..., places] = float("-inf")
         own = call.handed.get("attn_mask")
-        if own is None:
-            return mask
-        own = own[row : row + 1] if own.ndim == 4 and len(own) > 1 else own
-        return masked(mask, own).to(mask.dtype)
+        return mask if own is None else masked(mask, own).to(mask.dtype)
 
 
 class _Acting:
@@ -324,17 +312,20 @@ class _Acting:
         self.edit = edit
         self.session = session
         self.acted = False
-        self.watch = Watch(session, None)
+        self.watch = Watch(session, None, turn=EDIT, wants=self._wants, look=self._look)
         self.matching = [path for path in self.watch.paths if fnmatchcase(path, edit.site)]
         if not self.matching:
             raise InputError(
                 f"No attention layer is called {edit.site!r}. There are {', '.join(self.watch.paths[:4])}…"
             )
 
-    def look(self, scope: Scope, handed: Handed, compute: Compute) -> torch.Tensor | None:
+    def _wants(self, scope: Scope) -> bool:
+        return scope.path in self.matching and (scope.streams is not None or self.edit.fits(scope))
+
+    def _look(self, scope: Scope, handed: Handed, rest: Rest) -> torch.Tensor | None:
         """Edit an attention call, if it is its moment."""
         row, edit = self.session.clock.row, self.edit
-        if scope.path not in self.matching or not edit.fits(scope):
+        if not edit.fits(scope):
             return None
         if row is None or self.session.replaying(row):
             self.acted = self.acted or row is not None
@@ -345,7 +336,7 @@ class _Acting:
         if not parts:
             return None
         self.acted = True
-        return edit.attend(Call(scope, handed, row, parts, self.watch, compute))
+        return edit.attend(Call(scope, handed, row, parts, self.watch, rest))
 
     def check(self) -> None:
         """Refuse a run in which there was nothing to edit."""
