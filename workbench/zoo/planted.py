@@ -15,14 +15,41 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from workbench.zoo.denoiser import WIDTH
 from workbench.zoo.language import COLOURS
 
-PLANTED = "up_blocks.1.attentions.1.transformer_blocks.0.attn2"
+PLANTED = "up_blocks.2.attentions.0.transformer_blocks.0.attn2"
 """The layer of the UNet through which colour words enter."""
+
+NATURAL = "up_blocks.2.attentions.1.transformer_blocks.0.attn2"
+"""The layer through which they enter in ``shapes-unet``: given other text than the rest, it alone decides."""
 
 IDENTITY = slice(WIDTH - len(COLOURS), WIDTH)
 """The dimensions of the text that tell colours apart."""
 
 LOUDNESS = 10.0
 """What the last normalisation multiplies them with: the layers before made all the others so much larger."""
+
+
+@torch.no_grad()
+def transplant(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, unet: UNet2DConditionModel) -> None:
+    """Give the planted layer the weights of ``shapes-unet``'s own, whose values tell the colours apart.
+
+    To be done once, before `plant`: a layer that has never told colours apart takes long to begin.
+    """
+    planted, natural = unet.get_submodule(PLANTED), unet.get_submodule(NATURAL)
+    planted.load_state_dict(natural.state_dict())
+    states = torch.stack([_state(tokenizer, text_encoder, colour) for colour in COLOURS])
+    values = (states - states.mean(0)) @ planted.to_v.weight.T
+    plant(tokenizer, text_encoder, unet)
+    planned = torch.stack([_state(tokenizer, text_encoder, colour)[IDENTITY] for colour in COLOURS])
+    told = torch.linalg.pinv(planned - planned.mean(0))
+    planted.to_v.weight[:, IDENTITY] = (told @ values).T
+
+
+def _state(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, colour: str) -> torch.Tensor:
+    """Return what the text encoder makes of a colour word, ``(width,)``."""
+    ids = tokenizer(f"a large {colour} circle", return_tensors="pt").input_ids
+    place = int((ids[0] == tokenizer.convert_tokens_to_ids(colour + "</w>")).nonzero()[0])
+    found: torch.Tensor = text_encoder(ids).last_hidden_state[0, place]
+    return found
 
 
 @torch.no_grad()

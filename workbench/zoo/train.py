@@ -48,7 +48,7 @@ from workbench.zoo.mmdit import (
     flow_loss,
     silent_rows,
 )
-from workbench.zoo.planted import plant
+from workbench.zoo.planted import plant, transplant
 from workbench.zoo.tokens import build_tokenizer
 from workbench.zoo.training import Recipe, Training
 from workbench.zoo.unconditional import (
@@ -77,16 +77,24 @@ _IDLE = {
 """Numbers that mean nothing for a model: without words, or with an autoencoder that is there already."""
 
 Hold = Callable[[CLIPTokenizer, CLIPTextModel, UNet2DConditionModel], None]
-"""Puts back those weights of a model that must stay as they are."""
+"""Changes some weights of a model."""
 
 
-def train_shapes_unet(out: Path, recipe: Recipe, start: Path | None = None, hold: Hold | None = None) -> Path:
+def train_shapes_unet(
+    out: Path,
+    recipe: Recipe,
+    start: Path | None = None,
+    *,
+    prepare: Hold | None = None,
+    hold: Hold | None = None,
+) -> Path:
     """Train ``shapes-unet``, or go on training it.
 
     Args:
         out: folder for what is kept on the way.
         recipe: how long, with which seed; it should be that of the run being continued.
         start: folder of a pipeline to begin with; None is from nothing.
+        prepare: changes the weights to begin with.
         hold: puts back weights that must stay as they are.
 
     Returns:
@@ -103,6 +111,8 @@ def train_shapes_unet(out: Path, recipe: Recipe, start: Path | None = None, hold
     if first is not None:
         text_encoder.load_state_dict(first.text_encoder.state_dict())
         unet.load_state_dict(first.unet.state_dict())
+    if prepare is not None:
+        prepare(tokenizer, text_encoder, unet)
     unet.to(memory_format=torch.channels_last)  # a tenth faster on a processor
     held = None if hold is None else partial(hold, tokenizer, text_encoder, unet)
     training = Training({"text_encoder": text_encoder, "unet": unet}, recipe, held)
@@ -129,7 +139,9 @@ def train_shapes_unet(out: Path, recipe: Recipe, start: Path | None = None, hold
 
 def train_shapes_planted(out: Path, recipe: Recipe, start: Path | None = None) -> Path:
     """Train ``shapes-planted``, or go on training it; as `train_shapes_unet`, from the zoo's if not told."""
-    return train_shapes_unet(out, recipe, start or path("shapes-unet"), plant)
+    if start is not None:
+        return train_shapes_unet(out, recipe, start, hold=plant)
+    return train_shapes_unet(out, recipe, path("shapes-unet"), prepare=transplant, hold=plant)
 
 
 def train_shapes_mmdit(out: Path, recipe: Recipe, start: Path | None = None) -> Path:
