@@ -252,3 +252,15 @@ def test_layers_that_refine_the_text_or_look_along_frames_are_no_picture():
     maps = DiffusionModel(case.build()).record(**case.arguments, seed=0, capture=[every]).attention
     assert maps.layers
     assert not any("motion" in path for path in maps.layers)
+
+
+def test_a_branch_that_the_run_has_not_is_an_error():
+    with pytest.raises(UnknownNameError, match="no branch 'uncond'"):
+        watched("flux", branch="uncond")
+
+
+def test_words_of_a_prompt_behind_a_template_are_found():
+    record, _ = watched("qwen-image")
+    words = [word.text for word in record.attention.words]
+    assert words.count("·") == 0
+    assert {"a", "red", "circle"} <= {word.partition("<")[0] for word in words}

@@ -16,6 +16,12 @@ CROSS = "unet.mid_block.attentions.0.transformer_blocks.0.attn2"
 SIZE = (16, 16)
 
 
+def of_size(case):
+    """What of a case's arguments the runs that read concepts need as well."""
+    wanted = ("height", "width", "num_frames", "max_sequence_length", "prompt_template")
+    return {name: value for name, value in case.arguments.items() if name in wanted}
+
+
 def opened(name):
     case = tiny.CASES[name]
     return DiffusionModel(case.build()), dict(case.arguments)
@@ -63,14 +69,11 @@ def test_concepts_in_cross_attention_are_compared_by_their_values():
 
 @pytest.mark.parametrize("name", ["sd3", "flux", "flux-cfg"])
 def test_concepts_in_joint_attention_go_beside_the_prompt(name):
-    """With the prompt's own first tokens as concepts, and no others in the text, they are the text."""
+    """The run stays as it is, each place's shares sum to one, and no concept stands for another."""
     model, arguments = opened(name)
     plain = model.record(**arguments, seed=0)
     before = footprint(model.pipeline)
-    concepts = model.concepts(
-        ["circle", "square"],
-        **{k: v for k, v in arguments.items() if k in ("height", "width", "max_sequence_length")},
-    )
+    concepts = model.concepts(["circle", "square"], **of_size(tiny.CASES[name]))
     record = model.record(**arguments, seed=0, capture=[concepts])
     assert as_bytes(record.latents) == as_bytes(plain.latents)
     assert footprint(model.pipeline) == before
@@ -121,6 +124,11 @@ def test_concepts_and_what_does_not_go_with_them():
     change = wb.Scale("transformer.transformer_blocks.0.ff", factor=2.0)
     with pytest.raises(GuardError, match="without interventions"):
         model.record(**arguments, capture=[concepts], interventions=[change])
+    masked = tiny.FAMILIES["hunyuan-video"]
+    film = DiffusionModel(masked.build())
+    concepts = film.concepts(["circle"], **of_size(masked))
+    with pytest.raises(GuardError, match="given attention_mask"):
+        film.record(**masked.arguments, capture=[concepts])
     wordless, _ = opened("dit")
     with pytest.raises((InputError, UnknownNameError)):
         wordless.concepts(["circle"])

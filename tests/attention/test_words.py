@@ -7,9 +7,11 @@ import torch
 
 from tests import tiny
 from workbench.attention.request import Attention
-from workbench.attention.words import Reading, Word, find, located, reading, tokenize, words_of
+from workbench.attention.words import Reading, Word, closest, find, located, reading, tokenize, words_of
 from workbench.errors import InputError, UnknownNameError
 from workbench.models.model import DiffusionModel
+
+PROMPT = "A red Circle, left of a red square"
 
 
 def clip(prompt):
@@ -58,6 +60,12 @@ def test_two_encoders_after_each_other():
     words = words_of([clip("a red circle"), clip("a red circle"), t5("a red circle")], 48)
     assert [word.columns for word in words if word.text == "red"] == [(2,), (25,)]
     assert find(words, "red").columns == (2,)
+    located = words_of([clip(PROMPT), clip(PROMPT), t5(PROMPT)], 48, PROMPT)
+    of_t5 = find(words_of([t5(PROMPT)], 24, PROMPT), "red").columns[0]
+    assert find(located, "red").columns == find(located, (2, 5)).columns == (2, 24 + of_t5)
+    assert find(located, "red circle").text == "red circle"
+    assert set(find(located, "red circle").columns) > {2, 3, 24 + of_t5}
+    assert find(located, 2).columns == (2,)
 
 
 def test_one_of_two_encoders_by_its_length():
@@ -106,7 +114,39 @@ def test_pipelines_words_stand_where_their_encoders_put_them(name, columns):
     assert sum(len(word.columns) for word in words) == next(iter(record.attention.layers.values())).shape[1]
 
 
-PROMPT = "A red Circle, left of a red square"
+def test_a_word_goes_without_the_punctuation_after_it():
+    for made in (clip(PROMPT), t5(PROMPT)):
+        words = words_of([made], 24, PROMPT)
+        circle = find(words, "circle")
+        assert PROMPT[slice(*circle.span)] == "Circle"
+        assert find(words, "circle,") == circle
+        assert find(words, ",").columns == (circle.columns[-1] + 1,)
+
+
+def test_an_encoder_that_reads_other_texts_first_or_too_is_told_by_the_prompt():
+    tokenizer = tiny.clip_tokenizer()
+    rows = [
+        *tokenizer(["", "a blue square", "a red circle"], padding="max_length", return_tensors="pt").input_ids
+    ]
+    assert closest(rows, tokenizer, "a red circle") is rows[2]
+    assert closest(rows, tokenizer, "a blue square") is rows[1]
+    assert closest(rows[1:], tokenizer, "a red") is rows[2]
+
+
+def test_part_of_what_an_encoder_reads_is_told_by_the_prompt():
+    tokenizer = tiny.t5_tokenizer()
+    prompt = "a red circle"
+    template = "left of a blue square "
+    padded = tokenizer(template + prompt, padding="max_length", max_length=24, return_tensors="pt").input_ids[
+        0
+    ]
+    whole = tokenizer(template + prompt).input_ids
+    told = reading(padded, tokenizer)
+    assert find(words_of([told], len(whole), prompt), "red").columns == (len(whole) - 3,)
+    behind = tokenizer(template, add_special_tokens=False).input_ids
+    assert find(words_of([told], 24 - len(behind), prompt), "red").columns == (1,)
+    assert words_of([told], 24 - len(whole), prompt)[0].text == "·"
+    assert words_of([told], 24 - len(behind), "a green star")[0].text == "·"
 
 
 def test_phrases_and_characters_are_words_too():

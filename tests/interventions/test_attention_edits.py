@@ -20,7 +20,7 @@ LAYERS = {
     "flux-cfg": ("transformer.single_transformer_blocks.0.attn", "*"),
 }
 # T5 puts no token before the words.
-RED = {"sd1": 2, "sd3": -46, "flux": 1, "flux-cfg": 1}
+RED = {"sd1": [2], "sd3": [-46, -23], "flux": [1], "flux-cfg": [1]}
 IMAGE = {"sd3": slice(0, -48), "flux": slice(24, None), "flux-cfg": slice(24, None), "sd1": slice(None)}
 
 
@@ -132,7 +132,7 @@ def test_tokens_take_their_weights_from_others_or_keep_their_own():
 def test_a_map_that_is_forced_is_the_words_weights(name):
     model, arguments = opened(name)
     path, _ = LAYERS[name]
-    column = RED[name]
+    columns = RED[name]
     shape = model.record(**arguments, capture=[wb.Attention(sites=[path])]).attention.layers[path].shape
     side = round(shape[-1] ** 0.5)
     wanted = torch.linspace(0, 0.9, side * side).reshape(side, side)
@@ -141,9 +141,9 @@ def test_a_map_that_is_forced_is_the_words_weights(name):
         probs = probs.clone()
         image = probs[:, :, IMAGE[name]]
         m = wanted.flatten()
-        rest = image[..., column].clone()
+        rest = image[..., columns].sum(-1)
         image *= ((1 - m) / (1 - rest))[..., None]
-        image[..., column] = m
+        image[..., columns] = m[:, None] / len(columns)
         probs[:, :, IMAGE[name]] = image
         assert torch.allclose(image.sum(-1), torch.ones(image.shape[:-1]), atol=1e-5)
         return probs

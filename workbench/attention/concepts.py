@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from workbench.attention.geometry import IMAGE_TO_TEXT, Scope
+from workbench.attention.geometry import IMAGE_TO_TEXT, Scope, by_name
 from workbench.attention.maps import AttentionMaps
 from workbench.attention.request import add_maps
 from workbench.attention.tap import LOOK, Handed
@@ -91,8 +91,17 @@ class _Run:
             )
         for path, block in blocks.items() if asked.tokens else ():
             self._watch_joint(path, block)
+        self.expected = [*asked.values, *(f"{path}.attn" for path in (blocks if asked.tokens else ()))]
 
     def maps(self) -> AttentionMaps:
+        """Return what was kept.
+
+        Raises:
+            GuardError: a layer was never called in a way from which concepts can be read.
+        """
+        missing = [path for path in self.expected if path not in self.kept]
+        if self.kept and missing:
+            raise GuardError(f"Concepts were not read in {missing[0]}: it is not called as joint blocks are.")
         words = [Word(name, (index,)) for index, name in enumerate(self.asked.names)]
         layers = {path: torch.stack(found) for path, found in self.kept.items()}
         return AttentionMaps(layers, list(self.rows.values()), words, self.layer_rows)
@@ -143,7 +152,7 @@ class _Run:
 
         def again(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
             row = None if self.beside else self._wanted()
-            if row is None or args or self.image is None:
+            if row is None or self.image is None:
                 return
             one = self._one(row, self.image.shape[0])
             image = self.image[one][0]
@@ -151,7 +160,7 @@ class _Run:
                 self.stream = self.asked.tokens[path][None].to(image.device, image.dtype)
             if self.stream is None:
                 return
-            self._go_beside(module, row, one, kwargs)
+            self._go_beside(path, module, row, one, by_name(module, args, kwargs))
             if self.concepts is not None:
                 self._keep(f"{path}.attn", row, image, self.concepts[0])
 
@@ -159,15 +168,21 @@ class _Run:
         rig.before(attention.to_add_out, concepts_out)
         rig.after(block, again)
 
-    def _go_beside(self, block: nn.Module, row: Row, one: slice, kwargs: dict[str, Any]) -> None:
+    def _go_beside(self, path: str, block: nn.Module, row: Row, one: slice, given: dict[str, Any]) -> None:
         """Run the block on the concepts in the text's place; nobody else sees it."""
         assert self.stream is not None
-        text, image = kwargs["encoder_hidden_states"], kwargs["hidden_states"]
-        batch, length, count = image.shape[0], text.shape[1], self.stream.shape[1]
-        asked = {name: _of_one(value, batch, one) for name, value in kwargs.items()}
+        text, image = given["encoder_hidden_states"], given["hidden_states"]
+        batch, lengths, count = image.shape[0], (text.shape[1], image.shape[1]), self.stream.shape[1]
+        for name, value in given.items():
+            if "mask" in name and value is not None:
+                raise GuardError(
+                    f"{path} is given {name}, which says what of its text counts; concepts beside that text "
+                    "have no place in it. ConceptAttention is not offered for this model."
+                )
+        asked = {name: _of_one(value, batch, one) for name, value in given.items()}
         rotary = asked.get("image_rotary_emb")
         if rotary is not None:
-            asked["image_rotary_emb"] = tuple(_for_concepts(each, length, count) for each in rotary)
+            asked["image_rotary_emb"] = tuple(_for_concepts(path, each, lengths, count) for each in rotary)
         self.beside, self.concepts = True, None
         try:
             with torch.no_grad(), self.session.again(row), torch._C.DisableTorchFunction():
@@ -224,8 +239,8 @@ class ConceptReader:
         self.values[scope.path] = words.mean(1).flatten().detach().clone()
 
     def _watch_first(self, session: Session, watch: Watch, path: str, block: nn.Module) -> None:
-        def enter(_: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
-            row, text = session.clock.row, kwargs.get("encoder_hidden_states")
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            row, text = session.clock.row, by_name(module, args, kwargs).get("encoder_hidden_states")
             if row is not None and row.has("cond") and isinstance(text, torch.Tensor):
                 mine = text[row.rows("cond", text.shape[0])][0]
                 self.tokens[path] = mine[self._columns(watch, mine.shape[0])].mean(0).detach().clone()
@@ -261,6 +276,27 @@ def _of_one(value: Any, batch: int, one: slice) -> Any:
     return value[one] if batched else value
 
 
-def _for_concepts(rotary: torch.Tensor, length: int, count: int) -> torch.Tensor:
-    """Return rotary embeddings for ``count`` concepts, each as the text's first token, and the image."""
-    return torch.cat([rotary[:1].expand(count, *rotary.shape[1:]), rotary[length:]])
+def _for_concepts(path: str, rotary: torch.Tensor, lengths: tuple[int, int], count: int) -> torch.Tensor:
+    """Return rotary embeddings for ``count`` concepts, each as the text's first token, and the image.
+
+    Args:
+        path: the block's, for the error.
+        rotary: of text and image one after the other, or of either, ``(tokens, ...)``.
+        lengths: how many tokens text and image have.
+        count: how many concepts there are.
+
+    Raises:
+        GuardError: it is of something else.
+    """
+    text, image = lengths
+    concepts = rotary[:1].expand(count, *rotary.shape[1:])
+    if rotary.shape[0] == text + image:
+        return torch.cat([concepts, rotary[text:]])
+    if rotary.shape[0] == image != text:
+        return rotary
+    if rotary.shape[0] == text != image:
+        return concepts
+    raise GuardError(
+        f"{path} is given positions for {rotary.shape[0]} tokens, and has {text} of text and {image} of image: "
+        "it is not known where concepts stand. ConceptAttention is not offered for this model."
+    )

@@ -10,7 +10,7 @@ from torch import nn
 
 from workbench.attention.geometry import Given, Scope, aspect_of, by_name, is_attention, unknown_order
 from workbench.attention.tap import Handed, Look, Rest, Tap
-from workbench.attention.words import Word, reading, words_of
+from workbench.attention.words import Word, closest, reading, words_of
 from workbench.errors import UnknownNameError, nearest
 from workbench.tracing.guards import check_maps
 from workbench.tracing.session import Session
@@ -48,18 +48,28 @@ class Watch:
         self.paths: list[str] = []
         self.aspect = (1, 1)
         self._given = Given()
-        self._readings: list[tuple[torch.Tensor, Any]] = []
+        self._read: dict[str, list[torch.Tensor]] = {}
         self._attach(sites)
 
     def words(self, length: int, sample: int = 0) -> list[Word]:
         """Return the words of one sample's text of ``length`` tokens; those nobody can tell are ``"·"``."""
-        prompt = self.session.arguments.get("prompt")
+        readings = []
+        for name, calls in self._read.items():
+            told, tokenizer = self._told(name, sample), self.session.system.components[name]
+            if told:
+                mine = closest([row for ids in calls for row in ids], tokenizer, told)
+            else:
+                mine = calls[0][self._prompt_of(sample, len(calls[0]))]
+            readings.append(reading(mine, tokenizer))
+        return words_of(readings, length, self._told("tokenizer", sample))
+
+    def _told(self, tokenizer: str, sample: int) -> str:
+        """Return what a tokenizer was given of one sample; empty if that is not known."""
+        arguments = self.session.arguments
+        prompt = arguments.get(tokenizer.replace("tokenizer", "prompt")) or arguments.get("prompt")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt or [""])
         told = prompts[self._prompt_of(sample, len(prompts))]
-        readings = [
-            reading(ids[self._prompt_of(sample, len(ids))], tokenizer) for ids, tokenizer in self._readings
-        ]
-        return words_of(readings, length, told if isinstance(told, str) else "")
+        return told if isinstance(told, str) else ""
 
     def _prompt_of(self, sample: int, prompts: int) -> int:
         """Return which of the prompts a sample is made of: each has all its images one after the other."""
@@ -99,14 +109,14 @@ class Watch:
         return self._look(scope, handed, rest)
 
     def _watch_reader(self, name: str, component: nn.Module) -> None:
-        tokenizer = self.session.system.components.get(name.replace("text_encoder", "tokenizer"))
+        told = name.replace("text_encoder", "tokenizer")
+        tokenizer = self.session.system.components.get(told)
         if tokenizer is None or not hasattr(tokenizer, "convert_ids_to_tokens"):
             return
 
         def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             ids = kwargs.get("input_ids", args[0] if args else None)
-            first = all(known is not tokenizer for _, known in self._readings)
-            if first and isinstance(ids, torch.Tensor) and ids.ndim == 2 and not ids.is_floating_point():
-                self._readings.append((ids, tokenizer))
+            if isinstance(ids, torch.Tensor) and ids.ndim == 2 and not ids.is_floating_point():
+                self._read.setdefault(told, []).append(ids)
 
         self.session.rig.before(component, read)

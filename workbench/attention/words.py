@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from string import punctuation
 from typing import Any
 
 import torch
 
 from workbench.errors import InputError, UnknownNameError, nearest
+
+_STOPS = (",", ".", ";", ":", "!", "?", ")")
+"""Punctuation that is a word by itself."""
 
 _LONGEST = 512
 """Tokens that a prompt is padded to by tokenizers that set no limit."""
@@ -44,7 +49,8 @@ def words_of(readings: Sequence[Reading], length: int, prompt: str = "") -> list
 
     A pipeline may lay the tokens of several encoders after each other (SD3), use one of several
     (Flux) or lay them over each other (SDXL). The shortest run of consecutive encoders whose lengths
-    add up to ``length`` is taken, of several the last: what comes first is the pooled one.
+    add up to ``length`` is taken, of several the last: what comes first is the pooled one. Or it may leave
+    out the padding, or what a template says before the prompt (Qwen-Image).
 
     Args:
         readings: what each encoder was given, in the order of the calls.
@@ -55,8 +61,8 @@ def words_of(readings: Sequence[Reading], length: int, prompt: str = "") -> list
         The words in order; tokens nobody can account for are special words ``"·"``.
     """
     words, offset = list[Word](), 0
-    chosen = laid_out(readings, length)
-    if chosen is None:
+    chosen = laid_out(readings, length) or _part(readings, length, prompt)
+    if not chosen:
         return [Word("·", (column,), special=True) for column in range(length)]
     for each in chosen:
         words += located(_words(each, offset), prompt)
@@ -71,6 +77,33 @@ def laid_out(readings: Sequence[Reading], length: int) -> list[Reading] | None:
     )
 
 
+def _part(readings: Sequence[Reading], length: int, prompt: str) -> list[Reading]:
+    """Return the part of one encoder's tokens that lies along the axis, if the whole prompt is in it."""
+    wanted = "".join(prompt.lower().split())
+    for each in reversed(readings) if wanted else ():
+        padding = getattr(each.tokenizer, "pad_token_id", None)
+        valid = tuple(token for token in each.ids if token != padding)
+        for ids in (valid, each.ids[-length:]):
+            part = Reading(ids, each.tokenizer)
+            if len(ids) == length and wanted in "".join(word.text.lower() for word in _words(part, 0)):
+                return [part]
+    return []
+
+
+def closest(rows: Sequence[torch.Tensor], tokenizer: Any, prompt: str) -> torch.Tensor:
+    """Return which of an encoder's ``rows`` of ids is a prompt's, ``(tokens,)``; of several the first.
+
+    An encoder may be given what is not wanted first, or both at once.
+    """
+    wanted = Counter(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+
+    def likeness(row: torch.Tensor) -> float:
+        found = Counter(each for each in row.tolist() if each not in tokenizer.all_special_ids)
+        return 2 * (found & wanted).total() / max(found.total() + wanted.total(), 1)
+
+    return max(rows, key=likeness)
+
+
 def find(words: Sequence[Word], asked: str | int | tuple[int, int]) -> Word:
     """Return a word, or several as one.
 
@@ -78,7 +111,7 @@ def find(words: Sequence[Word], asked: str | int | tuple[int, int]) -> Word:
         words: of the prompt.
         asked: a word, a phrase of words that follow each other (of several such the first), a place in
             ``words``, or the first and the end of a stretch of the prompt's characters, of which every word
-            that it touches is meant.
+            that it touches is meant. A word of the prompt is found in every encoder's text.
 
     Raises:
         UnknownNameError: no such word; the message lists those there are.
@@ -86,18 +119,30 @@ def find(words: Sequence[Word], asked: str | int | tuple[int, int]) -> Word:
     if isinstance(asked, int) and -len(words) <= asked < len(words):
         return words[asked]
     plain = [word for word in words if not word.special]
+    found: list[Word] = []
     if isinstance(asked, tuple):
-        start, end = asked
-        touched = [word for word in plain if word.span and word.span[0] < end and start < word.span[1]]
-        if touched:
-            return _as_one(touched)
+        found = _touched(plain, *asked)
     else:
-        wanted = str(asked).lower().split()
+        wanted = [_bare(each) for each in str(asked).split()]
         for start in range(len(plain) - len(wanted) + 1 if wanted else 0):
-            if [word.text.lower() for word in plain[start : start + len(wanted)]] == wanted:
-                return _as_one(plain[start : start + len(wanted)])
+            run = plain[start : start + len(wanted)]
+            if [_bare(word.text) for word in run] == wanted:
+                first, last = run[0].span, run[-1].span
+                found = run if first is None or last is None else _touched(plain, first[0], last[1])
+                break
+    if found:
+        return _as_one(found)
     known = [word.text for word in plain]
     raise UnknownNameError(f"The prompt has no word {asked!r}.{nearest(str(asked), known)}")
+
+
+def _touched(words: Sequence[Word], start: int, end: int) -> list[Word]:
+    return [word for word in words if word.span and word.span[0] < end and start < word.span[1]]
+
+
+def _bare(text: str) -> str:
+    """Return a word without case and without punctuation around it, unless it is nothing else."""
+    return text.lower().strip(punctuation) or text.lower()
 
 
 def located(words: Sequence[Word], prompt: str) -> list[Word]:
@@ -115,10 +160,16 @@ def _as_one(words: Sequence[Word]) -> Word:
     if len(words) == 1:
         return words[0]
     spans = [word.span for word in words if word.span is not None]
+    texts, end = list[str](), 0
+    for word in words:
+        # Where a later encoder reads the same again, it says nothing new.
+        if word.span is None or word.span[0] >= end:
+            texts.append(word.text)
+            end = word.span[1] if word.span else end
     return Word(
-        " ".join(word.text for word in words),
+        " ".join(texts),
         tuple(column for word in words for column in word.columns),
-        span=(spans[0][0], spans[-1][1]) if spans else None,
+        span=(min(start for start, _ in spans), max(end for _, end in spans)) if spans else None,
     )
 
 
@@ -221,12 +272,17 @@ def _choices(readings: Sequence[Reading]) -> list[list[Reading]]:
 def _words(each: Reading, offset: int) -> list[Word]:
     pieces = each.tokenizer.convert_ids_to_tokens(list(each.ids))
     specials = set(each.tokenizer.all_special_ids)
+    added = getattr(each.tokenizer, "added_tokens_decoder", {})
+    others = {token for token, how in added.items() if how.special} - specials
     ended, words = False, list[Word]()
     joins = False
     for column, (token, piece) in enumerate(zip(each.ids, pieces, strict=True)):
         piece = str(piece)
-        special = token in specials
-        if special:
+        if token in others:
+            words.append(Word(piece, (offset + column,), special=True))
+            joins = False
+            continue
+        if token in specials:
             # Past the end token everything is padding, even where both are the same token.
             label = "padding" if ended else ("start" if column == 0 else "end")
             ended = ended or label == "end"
@@ -234,6 +290,7 @@ def _words(each: Reading, offset: int) -> list[Word]:
             joins = False
             continue
         text, starts, joins_next = _piece(piece, joins)
+        starts = starts or text in _STOPS
         if not starts and words and not words[-1].special:
             last = words[-1]
             words[-1] = Word(last.text + text, (*last.columns, offset + column))
@@ -249,4 +306,6 @@ def _piece(piece: str, joins: bool) -> tuple[str, bool, bool]:
         return piece.removesuffix("</w>"), not joins, False
     if piece.startswith(("▁", "Ġ")):
         return piece[1:], True, True
+    if "Ċ" in piece:
+        return piece, True, False
     return piece, not joins, True
