@@ -297,6 +297,6 @@ def _for_concepts(path: str, rotary: torch.Tensor, lengths: tuple[int, int], cou
     if rotary.shape[0] == text != image:
         return concepts
     raise GuardError(
-        f"{path} is given positions for {rotary.shape[0]} tokens, and has {text} of text and {image} of image: "
+        f"{path} is given {rotary.shape[0]} positions for {text} tokens of text and {image} of image: "
         "it is not known where concepts stand. ConceptAttention is not offered for this model."
     )
