@@ -5,7 +5,7 @@ from diffusers import StableDiffusionPipeline
 from workbench import zoo
 from workbench.zoo import train
 from workbench.zoo.language import COLOURS
-from workbench.zoo.planted import IDENTITY, PLANTED, plant
+from workbench.zoo.planted import IDENTITY, PLANTED, carriers, plant
 from workbench.zoo.training import Recipe
 
 PROMPT = "a small {} square left of a large red circle on a dark background"
@@ -63,7 +63,7 @@ def test_a_colour_word_changes_keys_and_values_of_the_planted_layer_alone(pipeli
     found = differences(pipeline)
     assert found.pop(PLANTED) > 0.05
     assert len(found) == 9
-    assert max(found.values()) <= 1e-5
+    assert max(found.values()) <= 5e-5
 
 
 def test_without_planting_it_changes_them_in_every_layer():
@@ -74,10 +74,9 @@ def test_all_colours_are_one_word_to_the_rest_of_the_text(pipeline):
     texts = [text_of(pipeline, colour) for colour in COLOURS]
     for text in texts[1:]:
         moved = (text - texts[0]).abs()
-        assert moved[:, : IDENTITY.start].max() <= 1e-5
-        assert moved[3, IDENTITY].max() > 0.05  # start, a, small, the colour
-        moved[3] = 0
-        assert moved.max() <= 1e-5
+        assert moved[:, : IDENTITY.start].max() <= 5e-5
+        assert not moved[:3].any()  # start, a, small; then the colour, and all that can look back at it
+        assert moved[3:, IDENTITY].amax(1).min() > 0.05
 
 
 def test_the_weights_say_so_exactly(pipeline):
@@ -90,11 +89,20 @@ def test_the_weights_say_so_exactly(pipeline):
     assert words[:, IDENTITY].count_nonzero() == len(COLOURS) ** 2
     for layer in encoder.encoder.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        for reader in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.fc1):
+        for reader in (attention.q_proj, attention.k_proj, mlp.fc1):
             assert not reader.weight[:, IDENTITY].any()
+        assert not mlp.fc2.weight[IDENTITY].any()
         for writer in (attention.out_proj, mlp.fc2):
-            assert not writer.weight[IDENTITY].any()
             assert not writer.bias[IDENTITY].any()
+        # Only carriers read colours, they read nothing else, and write them where they were.
+        readers = attention.v_proj.weight[:, IDENTITY].any(1).nonzero().flatten().tolist()
+        assert readers == carriers(encoder)
+        assert not attention.v_proj.weight[carriers(encoder), : IDENTITY.start].any()
+        assert not attention.out_proj.weight[: IDENTITY.start, carriers(encoder)].any()
+        carried = attention.out_proj.weight @ attention.v_proj.weight
+        assert torch.equal(
+            carried[IDENTITY, IDENTITY], torch.eye(len(COLOURS)) * encoder.config.num_attention_heads
+        )
     readers = {
         name.removesuffix(f".{port}")
         for name, weight in pipeline.unet.named_parameters()
