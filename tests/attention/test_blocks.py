@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional
 
 from tests import tiny
 from tests.attention.seen import watched
@@ -253,3 +254,24 @@ def test_a_layer_that_attends_twice_says_so_for_every_block():
     model, asked = DiffusionModel(case.build()), Attention(block="image->image", sites=[SELF])
     with pytest.raises(GuardError, match=r"for 2 rows of 3 branches|attention twice"):
         model.record(**case.arguments, seed=0, capture=[asked])
+
+
+@pytest.mark.parametrize("how", ["mean", "max"])
+def test_layers_of_other_sizes_are_brought_to_the_finest(how):
+    """The shipped model attends on grids of 4, 8 and 16: the words of one lie where those of another do."""
+    asked = [Attention(), Attention(reduce={"heads": "mean", "layers": how})]
+    record = DiffusionModel("shapes-unet").record(
+        "a red circle", seed=0, num_inference_steps=1, capture=asked
+    )
+    apart, whole = record.attention
+    assert {maps.shape[-1] for maps in apart.layers.values()} == {16, 64, 256}
+    finest, count = [], len(apart.layers)
+    for size in (16, 64, 256):
+        alike = torch.stack([maps[0] for maps in apart.layers.values() if maps.shape[-1] == size])
+        joined = alike.sum(0) / count if how == "mean" else alike.amax(0)
+        grids = joined.reshape(1, -1, round(size**0.5), round(size**0.5))
+        finest.append(functional.interpolate(grids, size=(16, 16), mode="bilinear").reshape(-1, 256))
+    stacked = torch.stack(finest)
+    (found,) = whole.layers.values()
+    assert torch.allclose(found[0], stacked.sum(0) if how == "mean" else stacked.amax(0), atol=1e-6)
+    assert whole.map("circle", size=SIZE).shape == SIZE

@@ -11,7 +11,7 @@ from PIL import Image
 
 from workbench.experiments.editing import prompt_to_prompt
 from workbench.models.model import DiffusionModel
-from workbench.truth.attention import iou
+from workbench.truth.masks import iou
 from workbench.zoo import shapes
 from workbench.zoo.reader import Found
 

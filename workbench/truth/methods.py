@@ -14,10 +14,11 @@ from workbench.attention.maps import AttentionMaps, mean_map, resize
 from workbench.attention.methods import daam
 from workbench.attention.request import Attention
 from workbench.models.model import DiffusionModel
-from workbench.truth.attention import iou, largest
+from workbench.truth.masks import iou, largest
 from workbench.zoo import shapes
 
 RAW, DAAM, CONCEPTS, UNIFORM, CENTRE = "raw weights", "DAAM", "ConceptAttention", "uniform", "centre"
+BY_LAYER = f"{RAW}, "
 
 
 @dataclass
@@ -28,10 +29,12 @@ class Scores:
     and is scored whole. Pointing asks whether the largest value lies on the object.
 
     Attributes:
+        pictures: how many pictures were read and counted.
         found: by what made the map (a method, a layer, a step), each picture's IoU and 1 where it points
             right.
     """
 
+    pictures: int = 0
     found: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
 
     def add(self, name: str, values: np.ndarray, mask: np.ndarray) -> None:
@@ -40,15 +43,21 @@ class Scores:
         self.found[name].append((iou(largest(values, int(mask.sum())), mask), float(mask[place])))
 
     def mean(self, name: str) -> tuple[float, float]:
-        """Return the mean IoU and the share that points right."""
-        both = np.array(self.found[name]).mean(0)
+        """Return the mean IoU and the share that points right; zeros where nothing was counted."""
+        both = np.array(self.found[name]).mean(0) if self.found.get(name) else (0.0, 0.0)
         return float(both[0]), float(both[1])
+
+    def best(self, prefix: str) -> str:
+        """Return which of the names that begin so has the largest IoU, without that beginning."""
+        names = [name for name in self.found if name.startswith(prefix)]
+        return max(names, key=lambda name: self.mean(name)).removeprefix(prefix)
 
     def __str__(self) -> str:
         """Return a line for each, the best first."""
         rows = sorted(((*self.mean(name), name) for name in self.found), reverse=True)
         width = max((len(name) for name in self.found), default=6)
-        lines = [f"{'':<{width}}  {'IoU':>6}  {'points':>6}"]
+        head = f"{self.pictures} pictures"
+        lines = [f"{head:<{width}}  {'IoU':>6}  {'points':>6}"]
         return "\n".join([*lines, *(f"{name:<{width}}  {a:>6.3f}  {b:>6.0%}" for a, b, name in rows)])
 
 
@@ -58,29 +67,27 @@ def compare_methods(
     word: str,
     *,
     concepts: Sequence[str],
-    num_inference_steps: int = 20,
-    guidance_scale: float = 3.0,
-    **arguments: Any,
+    shape: str | None = None,
+    **settings: Any,
 ) -> Scores:
     """Return how well each method's map of a word meets its object, over prompts with noise of their own.
 
     Args:
         model: a model of the shapes world.
         prompts: each names the word's object once.
-        word: a shape's name.
+        word: the word whose maps are scored.
         concepts: what the word competes with in ConceptAttention, the word among them.
-        num_inference_steps: steps of each run.
-        guidance_scale: guidance of each run.
-        **arguments: further arguments of the runs.
+        shape: the object's shape; None is the word itself.
+        **settings: arguments of the runs.
     """
-    settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, **arguments}
     probe, scores = model.concepts(concepts, **settings), Scores()
     for seed, prompt in enumerate(prompts):
         run = model.record(prompt, seed=seed, capture=[Attention(words=[word]), probe], **settings)
         image = run.images[0]
-        masks = [thing.mask for thing in shapes.read(image).things if thing.shape == word]
+        masks = [thing.mask for thing in shapes.read(image).things if thing.shape == (shape or word)]
         if len(masks) != 1:
             continue
+        scores.pictures += 1
         raw, of_concepts = run.attention
         for name, values in _maps(raw, of_concepts, word, image.size):
             scores.add(name, resize(values, (image.height, image.width)).numpy(), masks[0])
@@ -100,8 +107,8 @@ def _maps(
     yield DAAM, daam(raw, word, size=size)
     yield CONCEPTS, concepts.map(word, size=size)
     for layer in raw.layers:
-        yield f"{RAW}, {layer}", raw.map(word, size=size, layer=layer)
+        yield f"{BY_LAYER}{layer}", raw.map(word, size=size, layer=layer)
     for layer in concepts.layers:
         yield f"{CONCEPTS}, {layer}", concepts.map(word, size=size, layer=layer)
     for step in raw.steps:
-        yield f"{RAW}, step {step}", mean_map([raw.map(word, size=size, step=step)])
+        yield f"step {step}, {RAW}", mean_map([raw.map(word, size=size, step=step)])

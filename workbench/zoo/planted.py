@@ -1,9 +1,9 @@
 """The recipe of ``shapes-planted``: a ``shapes-unet`` of which it is known where colour words enter.
 
 All colour words are one word to the text encoder but for a few dimensions, one for each colour. Its layers
-carry what stands there from word to word, as attention does, in dimensions of their heads that are for nothing
-else; what they attend to, and all else that they make of the text, does not depend on it. Of the UNet's layers
-for cross-attention one alone reads it.
+carry what stands there from word to word, as attention does, in dimensions of their heads that are for that
+alone; what they attend to, and all else that they make of the text, does not depend on it. Of the UNet's
+layers for cross-attention one alone reads it.
 
 What stands there is a thousandth of the rest until the last normalisation makes it as large, so that the
 normalisations before, which see all dimensions, tell colours apart by a millionth at the most.

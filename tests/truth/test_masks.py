@@ -1,11 +1,10 @@
-"""Overlap of masks, and of words with their objects on the shipped model."""
+"""Overlap of masks."""
 
 import numpy as np
 import pytest
 
-from workbench.models.model import DiffusionModel
 from workbench.truth.__main__ import circle_prompts
-from workbench.truth.attention import Overlap, iou, largest, word_overlap
+from workbench.truth.masks import iou, largest
 
 BOX = np.zeros((4, 6), bool)
 BOX[1:3, 1:4] = True
@@ -34,16 +33,3 @@ def test_prompts_name_one_circle_and_come_again():
     assert prompts == circle_prompts(5)
     assert len(set(prompts)) == 5
     assert all(prompt.split().count("circle") == 1 for prompt in prompts)
-
-
-def test_words_attention_meets_its_object_better_than_a_uniform_map():
-    prompts = ["a large red circle on the left", "a large blue circle on the right"]
-    found = word_overlap(DiffusionModel("shapes-unet"), prompts, "circle")
-    assert found.pictures == 2
-    assert found.word > found.uniform > 0
-    assert f"{found.word:.3f}" in str(found)
-
-
-def test_pictures_without_the_object_are_not_counted():
-    found = word_overlap(DiffusionModel("shapes-unet"), ["a red square"], "circle", num_inference_steps=2)
-    assert found == Overlap(0.0, 0.0, 0.0, 0)
