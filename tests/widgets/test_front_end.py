@@ -124,6 +124,33 @@ class TestScrubber:
         assert min(red, green) > 200
         assert shown.pixel(canvas, 15.5 / 16, 15.5 / 16)[1] < 60
 
+    def test_a_place_that_is_clicked_says_which_words_it_attends_to(self, open_widgets):
+        shown = open_widgets(scene.scrubber(step=19))
+        frame = shown.page.locator(".scrub-frame").first
+        box = frame.bounding_box()
+        position = {"x": box["width"] * 5.5 / 16, "y": box["height"] * 9.5 / 16}
+        frame.click(position=position)
+        assert shown.model("scrubber", "place") == [5.5 / 16, 9.5 / 16]
+        assert "attends to circle" in shown.page.locator(".scrub-overlay").inner_text()
+        shares = {
+            chip.inner_text(): float(chip.evaluate("chip => chip.style.getPropertyValue('--share')"))
+            for chip in shown.page.locator(".words-row:not(.words-special) .word").all()
+        }
+        assert shares["circle"] == 1
+        assert shares["square"] < 0.5
+        mark = shown.page.locator(".scrub-mark").first
+        assert mark.is_visible()
+        frame.press("Alt+ArrowRight")
+        assert shown.model("scrubber", "place") == [6.5 / 16, 9.5 / 16]
+        shown.page.keyboard.press("Escape")
+        assert shown.model("scrubber", "place") == []
+        assert not mark.is_visible()
+        frame.press("Enter")
+        assert shown.model("scrubber", "place") == [8.5 / 16, 8.5 / 16]
+        frame.click(position={"x": box["width"] * 8.2 / 16, "y": box["height"] * 8.8 / 16})
+        assert shown.model("scrubber", "place") == []
+        assert shown.page.locator(".scrub-frame[tabindex]").count() == 1
+
     def test_layer_select_changes_the_map(self, open_widgets):
         shown = open_widgets(scene.scrubber(selected_tokens=[3]))
         canvas = shown.page.locator(".scrub-lane canvas").first

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -100,3 +102,15 @@ def test_weights_of_zero_are_zero():
     assert values.max() == 0
     assert all(scale > 0 for scales in given["scales"] for scale in scales)
     assert shown(maps(fine=torch.full((3, 7, 24), 0.5)))[1].min() > 0.49
+
+
+def test_of_several_requests_the_first_of_words_is_shown_and_heads_are_averaged(made):
+    fine = made.layers["fine"]
+    apart = replace(made, layers={"fine": torch.stack([fine * 0.5, fine * 1.5], 1)}, reduced={})
+    picture = replace(made, layers={"fine": torch.rand(3, 24, 24)}, block="image->image")
+    points = replace(made, layers={"fine": fine[..., :2]}, places={"fine": (0, 5)})
+    largest = replace(made, layers={"fine": fine[:, :2]}, top=2)
+    given = overlay([picture, points, largest, apart], lane=1, size=SIZE)
+    assert given == overlay(maps(fine=fine), lane=1, size=SIZE)
+    assert overlay([picture, points, largest], lane=1, size=SIZE) == {}
+    assert StepScrubber(attention=overlay(picture, lane=0, size=SIZE)).attention == {}

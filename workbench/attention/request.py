@@ -44,8 +44,8 @@ class Attention:
         pixels: in their place, points ``(x, y)`` of the picture, each from 0 to 1 from its upper left corner.
         heads: which heads; None is all.
         reduce: what is reduced while it streams, ``"mean"`` or ``"max"`` by ``"heads"``, ``"layers"`` and
-            ``"steps"``; a list of these is the mean of each. Layers of one size are reduced first, then brought
-            to the finest.
+            ``"steps"``; a list of these is the mean of each. Layers of one size are reduced first,
+            then brought to the finest.
         top: keep the so many largest keys of each query and which they are; None is all.
         sample: of which of the run's samples.
         budget: bytes that the maps may take; None is a quarter of the memory that is free. A run that

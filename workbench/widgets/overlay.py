@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from workbench.attention.geometry import grid
+from workbench.attention.geometry import IMAGE_TO_TEXT, TEXT_TO_IMAGE, grid
 from workbench.attention.maps import AttentionMaps, as_image, resize
 from workbench.attention.words import Word
 
@@ -15,11 +16,13 @@ ALL_LAYERS = "all layers"
 _FINEST = 64
 
 
-def overlay(maps: AttentionMaps, *, lane: int, size: tuple[int, int]) -> dict[str, Any]:
+def overlay(
+    attention: AttentionMaps | Sequence[AttentionMaps], *, lane: int, size: tuple[int, int]
+) -> dict[str, Any]:
     """Return what the scrubber's ``attention`` trait takes.
 
     Args:
-        maps: of one run.
+        attention: of one run; of several the first that are of words over the whole picture.
         lane: which lane's image they lie on.
         size: ``(width, height)`` of the image.
 
@@ -28,8 +31,11 @@ def overlay(maps: AttentionMaps, *, lane: int, size: tuple[int, int]) -> dict[st
         ``(layers, steps, words, rows, columns)`` with one scale a layer and word; ``{}`` if no layer's
         queries lie on the image.
     """
+    maps = next(filter(_are_of_words, attention if isinstance(attention, Sequence) else [attention]), None)
+    if maps is None:
+        return {}
     fitting = {
-        name: each
+        name: each if "heads" in maps.reduced else each.mean(1)
         for name, each in maps.layers.items()
         if grid(each.shape[-1], *size) and len(each) == len(maps.rows)
     }
@@ -53,6 +59,10 @@ def overlay(maps: AttentionMaps, *, lane: int, size: tuple[int, int]) -> dict[st
         "scales": scales.tolist(),
         "data": np.ascontiguousarray(data.numpy()).tobytes(),
     }
+
+
+def _are_of_words(maps: AttentionMaps) -> bool:
+    return maps.block in (IMAGE_TO_TEXT, TEXT_TO_IMAGE) and not maps.places and maps.top is None
 
 
 def _chips(words: Any) -> list[Word]:

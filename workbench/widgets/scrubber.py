@@ -27,10 +27,12 @@ class StepScrubber(Element):
             (layers, steps, tokens, height, width), a value is ``data / 255 * scales[layer][token]``.
         selected_tokens: indices of the words whose maps are summed and laid over the lane.
         layer: index of the layer shown.
+        place: ``[x, y]`` of the place whose weights the words show, from 0 to 1 each way from the upper left
+            corner; empty for none.
     """
 
     _bundle: ClassVar[str] = "scrubber"
-    _editable: ClassVar[frozenset[str]] = frozenset({"step", "kind", "selected_tokens", "layer"})
+    _editable: ClassVar[frozenset[str]] = frozenset({"step", "kind", "selected_tokens", "layer", "place"})
     _page_width: ClassVar[str] = "minmax(0, 2fr)"
 
     lanes = t.List(t.Dict()).tag(sync=True)
@@ -43,6 +45,7 @@ class StepScrubber(Element):
     attention = t.Dict().tag(sync=True)
     selected_tokens = t.List(t.Int()).tag(sync=True)
     layer = t.Int(0, min=0).tag(sync=True)
+    place = t.List(t.Float(min=0.0, max=1.0)).tag(sync=True)
 
     @t.validate("curve")  # type: ignore[untyped-decorator]
     def _finite(self, proposal: Mapping[str, Any]) -> list[float]:
@@ -50,6 +53,13 @@ class StepScrubber(Element):
         if not all(math.isfinite(value) for value in values):
             raise t.TraitError("the values of curve must be finite; JSON has no NaN")
         return values
+
+    @t.validate("place")  # type: ignore[untyped-decorator]
+    def _two(self, proposal: Mapping[str, Any]) -> list[float]:
+        value: list[float] = proposal["value"]
+        if len(value) not in (0, 2):
+            raise t.TraitError(f"place is [x, y] or empty; {value} is neither")
+        return value
 
     @t.validate("attention")  # type: ignore[untyped-decorator]
     def _consistent(self, proposal: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import { segments } from "./lib/segments";
 import { perFrame, throttle } from "./lib/timing";
 import css from "./scrubber.css";
 import { FINAL, Frames, type Lane, stepCount } from "./scrubber_frames";
-import { type Attention, Maps, type Token } from "./scrubber_maps";
+import { type Attention, Maps, type Place, type Token } from "./scrubber_maps";
 import { OverlayRow } from "./scrubber_overlay";
 import { slider } from "./scrubber_slider";
 import { type Overlay, Stage } from "./scrubber_stage";
@@ -31,6 +31,7 @@ interface State extends ElementState {
   attention: Attention;
   selected_tokens: number[];
   layer: number;
+  place: number[];
 }
 
 /** How often the kernel hears of a new step while scrubbing. */
@@ -48,7 +49,10 @@ class Scrubber {
   private readonly readout = h("output", { class: "scrub-readout" });
   private readonly kinds = segments("What to show", (kind) => this.put("kind", kind));
   private readonly time = slider((to) => this.moveTo(to), () => this.step, () => this.steps);
-  private readonly stage = new Stage(this.frames);
+  private readonly stage = new Stage(this.frames, {
+    at: (place) => this.pointAt(this.maps?.centre(place) ?? null),
+    move: (right, down) => this.pointAt(this.maps?.centre(this.place() ?? { x: 0.5, y: 0.5 }, right, down) ?? null),
+  });
   private readonly broken = h("p", { class: "scrub-broken wb-muted", hidden: true });
   private readonly words = words((tokens) => this.put("selected_tokens", tokens));
   private readonly overlay = new OverlayRow((layer) => this.put("layer", layer), this.draw);
@@ -71,6 +75,7 @@ class Scrubber {
       this.maps = Maps.from(this.model.get("attention") ?? {});
     });
     panel.watch(["attention", "words", "selected_tokens", "layer"], () => this.showWords());
+    panel.watch(["place"], this.draw);
     onResize(this.stage.element, this.draw, signal);
   }
 
@@ -144,6 +149,19 @@ class Scrubber {
     this.draw();
   }
 
+  private place(): Place | null {
+    const [x, y] = this.model.get("place");
+    return this.maps && x !== undefined && y !== undefined ? { x, y } : null;
+  }
+
+  /** Asks what a place attends to; the same place again asks no more. */
+  private pointAt(place: Place | null): void {
+    const now = this.place();
+    const again = place && now && place.x === now.x && place.y === now.y;
+    this.put("place", place && !again ? [place.x, place.y] : []);
+    this.draw();
+  }
+
   private laid(): Overlay | null {
     const tokens = this.model.get("selected_tokens");
     if (!this.maps || tokens.length === 0) return null;
@@ -155,10 +173,23 @@ class Scrubber {
     const text = this.steps ? describe(this.model.get("rows")[this.step], this.step) : "";
     setText(this.readout, text);
     this.time.show(this.step, this.steps, text);
-    this.stage.draw({ kind: this.kind(), step: this.step, text, overlay: this.laid() });
+    const place = this.place();
+    this.stage.draw({ kind: this.kind(), step: this.step, text, overlay: this.laid(), asked: this.maps?.lane ?? null, place });
+    this.tell(place);
     const { broken } = this.frames;
     this.broken.hidden = broken === 0;
     setText(this.broken, `${broken} ${broken === 1 ? "frame" : "frames"} could not be decoded.`);
+  }
+
+  /** Says what a place attends to, on the words and in a line. */
+  private tell(place: Place | null): void {
+    const tokens = this.model.get("attention")?.tokens ?? [];
+    const weights = this.maps && place ? this.maps.at(this.model.get("layer"), this.step, place) : null;
+    this.words.weigh(tokens, weights);
+    if (weights) this.overlay.say(`the place attends to ${largest(tokens, weights)}`);
+    else if (!this.maps) this.overlay.say("no attention was captured");
+    else if (this.laid()) this.overlay.say("");
+    else this.overlay.say("click a word to overlay its attention, or the picture to see what a place attends to");
   }
 
   private onKey(event: KeyboardEvent): void {
@@ -172,7 +203,8 @@ class Scrubber {
     } else if (event.key === " " && !target.matches("button")) {
       event.preventDefault();
       this.time.toggle();
-    } else if (event.key === "Escape" && this.model.get("selected_tokens").length) this.put("selected_tokens", []);
+    } else if (event.key === "Escape" && this.place()) this.pointAt(null);
+    else if (event.key === "Escape" && this.model.get("selected_tokens").length) this.put("selected_tokens", []);
   }
 
   private reached(key: string, by: number): number | undefined {
@@ -183,6 +215,12 @@ class Scrubber {
     };
     return moves[key];
   }
+}
+
+/** `circle 0.412 · red 0.201 · start 0.108`: the three largest. */
+function largest(tokens: readonly Token[], weights: readonly number[]): string {
+  const order = weights.map((_, i) => i).sort((a, b) => weights[b]! - weights[a]!);
+  return order.slice(0, 3).map((i) => `${tokens[i]!.text} ${significant(weights[i]!)}`).join(" · ");
 }
 
 /** `step 7 · t 641 · σ 2.10`. */

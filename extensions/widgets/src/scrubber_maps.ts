@@ -18,6 +18,12 @@ export interface Attention {
   data?: Bytes;
 }
 
+/** A place of the picture, from 0 to 1 each way from its upper left corner. */
+export interface Place {
+  x: number;
+  y: number;
+}
+
 export interface Field {
   width: number;
   height: number;
@@ -76,6 +82,25 @@ export class Maps {
       this.tops.set(key, top);
     }
     return top;
+  }
+
+  /** The weight of every token at a place of the picture, from 0 to 1 each way, in the tokens' order. */
+  at(layer: number, step: number, { x, y }: Place): number[] {
+    const cell = this.cell({ x, y });
+    return this.source.tokens.map((token) => this.field(layer, step, [token.index]).values[cell.y * cell.width + cell.x]!);
+  }
+
+  /** The middle of the map's cell a place lies in, or of one so many cells further on. */
+  centre(place: Place, right = 0, down = 0): Place {
+    const cell = this.cell(place);
+    const clamp = (value: number, size: number): number => (Math.max(0, Math.min(size - 1, value)) + 0.5) / size;
+    return { x: clamp(cell.x + right, cell.width), y: clamp(cell.y + down, cell.height) };
+  }
+
+  private cell({ x, y }: Place): { x: number; y: number; width: number; height: number } {
+    const [, , , height, width] = this.source.shape;
+    const clamp = (value: number, size: number): number => Math.max(0, Math.min(size - 1, Math.floor(value * size)));
+    return { x: clamp(x, width), y: clamp(y, height), width, height };
   }
 
   private places(tokens: readonly number[]): number[] {

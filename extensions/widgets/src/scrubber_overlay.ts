@@ -27,6 +27,11 @@ export class OverlayRow {
     return Number(this.range.value) / 100;
   }
 
+  /** What to say while there is nothing to blend, or of the place that was pointed at. */
+  say(text: string): void {
+    setText(this.hint, text);
+  }
+
   /** `top` is the value at the end of the colours, or null while no word is chosen. */
   show(layers: readonly string[], layer: number, top: number | null): void {
     if (this.drawn !== JSON.stringify(layers)) {
@@ -37,7 +42,5 @@ export class OverlayRow {
     this.layers.hidden = layers.length === 0;
     this.legend.hidden = this.strength.hidden = top === null;
     if (top !== null) setText(this.top, significant(top));
-    const advice = layers.length ? "click a word to overlay its attention, shift-click to add more" : "no attention was captured";
-    setText(this.hint, top === null ? advice : "");
   }
 }

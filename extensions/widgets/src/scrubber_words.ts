@@ -6,6 +6,8 @@ import type { Token } from "./scrubber_maps";
 export interface Words {
   element: HTMLElement;
   show(tokens: readonly Token[], chosen: readonly number[], live: boolean): void;
+  /** Shows on each chip its share of the largest weight; null takes them away. */
+  weigh(tokens: readonly Token[], weights: readonly number[] | null): void;
 }
 
 export function words(choose: (tokens: number[]) => void): Words {
@@ -46,7 +48,15 @@ export function words(choose: (tokens: number[]) => void): Words {
       button.disabled = !live;
     }
   }
-  return { element, show };
+
+  function weigh(tokens: readonly Token[], weights: readonly number[] | null): void {
+    const most = Math.max(...(weights ?? []), 0);
+    const shares = new Map(tokens.map((token, i) => [token.index, weights && most > 0 ? weights[i]! / most : 0]));
+    for (const button of element.querySelectorAll<HTMLButtonElement>(".word")) {
+      button.style.setProperty("--share", String(shares.get(Number(button.dataset["index"])) ?? 0));
+    }
+  }
+  return { element, show, weigh };
 }
 
 /** A long tail of padding is a count, not sixty chips. */
