@@ -275,3 +275,17 @@ def test_layers_of_other_sizes_are_brought_to_the_finest(how):
     (found,) = whole.layers.values()
     assert torch.allclose(found[0], stacked.sum(0) if how == "mean" else stacked.amax(0), atol=1e-6)
     assert whole.map("circle", size=SIZE).shape == SIZE
+
+
+def test_a_layer_that_adds_the_texts_keys_to_the_images_has_no_queries_of_text():
+    """Kandinsky's: both blocks of the image's queries, and every row of both sums to 1."""
+    case = tiny.FAMILIES["kandinsky"]
+    asked = [Attention(block=block) for block in ("image->text", "image->image")]
+    model = DiffusionModel(case.build())
+    to_text, to_image = model.record(**case.arguments, seed=0, capture=asked).attention
+    path = "unet.mid_block.attentions.0"
+    whole = to_text.layers[path].sum(1) + to_image.layers[path].sum(2)
+    assert torch.allclose(whole, torch.ones_like(whole), atol=1e-5)
+    assert to_image.layers[path].shape[-1] == to_image.layers[path].shape[-2] == 16
+    with pytest.raises(InputError, match="has no attention text->image"):
+        model.record(**case.arguments, capture=[Attention(block="text->image", sites=[path])])

@@ -38,6 +38,8 @@ class Scope:
         streams: what it was given for image and text, where these are apart.
         calls: how many times it has called the kernel.
         masked: whether it masks keys in that call.
+        text_asks: whether the text has queries in it, as it has in a mixed sequence but for layers that only
+            add its keys to the image's.
         of_image: whether what the layer was given besides the text is the image, as far as can be told.
     """
 
@@ -51,11 +53,20 @@ class Scope:
     streams: tuple[torch.Tensor, torch.Tensor] | None = None
     calls: int = 0
     masked: bool = False
+    text_asks: bool = True
     of_image: bool = True
 
     def joins_by_itself(self, queries: int, keys: int) -> bool:
         """Whether the layer puts image and text together in a way that is not known here."""
         return not self.mixed and self.text > 0 and queries == keys == self.image + self.text
+
+    def see_call(self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> None:
+        """Learn from what is handed to the kernel, each ``(batch, heads, tokens, head_dim)``."""
+        self.calls += 1
+        self.masked = mask is not None
+        if self.image:
+            self.mixed = self.mixed and key.shape[2] == self.image + self.text
+            self.text_asks = query.shape[2] != self.image
 
     def see_cat(self, tensors: Any) -> None:
         """Learn the order of a mixed sequence from how its two halves are put together."""
@@ -78,7 +89,9 @@ class Scope:
         """Whether the call has this block of the attention matrix (see `BLOCKS`)."""
         if not self.of_image:
             return False
-        return self.mixed or block == (IMAGE_TO_TEXT if self.text else IMAGE_TO_IMAGE)
+        if self.mixed:
+            return self.text_asks or block in (IMAGE_TO_TEXT, IMAGE_TO_IMAGE)
+        return block == (IMAGE_TO_TEXT if self.text else IMAGE_TO_IMAGE)
 
     def may_have(self, block: str) -> bool:
         """Whether it has, as far as can be told before image and text may be put together."""

@@ -125,8 +125,7 @@ class _Mode(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is functional.scaled_dot_product_attention:
             handed = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
-            self._scope.calls += 1
-            self._scope.masked = handed.get("attn_mask") is not None
+            self._scope.see_call(handed["query"], handed["key"], handed.get("attn_mask"))
             return _Chain(self._scope, self._links, func)(**handed)
         if func is torch.cat:
             self._scope.see_cat(args[0] if args else kwargs.get("tensors", ()))
