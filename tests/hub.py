@@ -29,6 +29,7 @@ class Hub(ThreadingHTTPServer):
 
     Attributes:
         cut: a file in the middle of which the connection breaks.
+        asked: by file, how often it was asked for, and the token that came with it the last time.
     """
 
     daemon_threads = True
@@ -37,6 +38,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.folder = folder
         self.cut: str | None = None
+        self.asked: dict[str, tuple[int, str | None]] = {}
 
     @property
     def address(self) -> str:
@@ -75,6 +77,9 @@ class _Handler(BaseHTTPRequestHandler):
         if not file.is_file():
             self._answer(404, b"", {"X-Error-Code": "EntryNotFound"})
             return
+        if self.command == "GET":
+            often, _ = self.server.asked.get(name, (0, None))
+            self.server.asked[name] = often + 1, self.headers.get("Authorization")
         content, start = file.read_bytes(), 0
         headers = {"ETag": f'"{_tag(file)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
         wanted = self.headers.get("Range")
@@ -162,6 +167,23 @@ def headers(hub: Hub, cache: Path) -> dict[str, Any]:
     }
 
 
+def again(hub: Hub, cache: Path) -> dict[str, Any]:
+    """Fetch all with a token, then again from the cache, then once more by force."""
+    times = []
+    for options in ({"token": "hf_secret"}, {}, {"force_download": True}):
+        DiffusionModel(NAME, cache_dir=str(cache), dispatch=True, **options)
+        times.append(dict(hub.asked))
+    return {"times": times}
+
+
+def custom(hub: Hub, cache: Path) -> dict[str, Any]:
+    """Open the repository as the pipeline whose code it brings."""
+    options = {"cache_dir": str(cache), "custom_pipeline": NAME}
+    fault = _fault(lambda: DiffusionModel(NAME, dispatch=True, **options))
+    model = DiffusionModel(NAME, dispatch=True, trust_remote_code=True, **options)
+    return {**fault, "class": model.automodel.__name__, "latents": _latents(model)}
+
+
 def nobody(hub: Hub, cache: Path) -> dict[str, Any]:
     """Find no server at all, with a dispatched model and with one that waits for its weights."""
     hub.shutdown()
@@ -182,6 +204,6 @@ if __name__ == "__main__":
     from workbench.models.model import DiffusionModel
 
     found = {}
-    for function in (cut_off, cut_off_early, full, headers, nobody):
+    for function in (again, custom, cut_off, cut_off_early, full, headers, nobody):
         found[function.__name__] = function(hub, Path(sys.argv[2]) / function.__name__)
     (Path(sys.argv[2]) / "found.json").write_text(json.dumps(found))

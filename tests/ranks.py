@@ -71,13 +71,16 @@ def alone(folder: Path) -> None:
 
 
 def families(folder: Path) -> None:
-    """Trace each family, its denoiser sharded."""
+    """Trace each family, its denoiser and a text encoder sharded."""
     for name in FAMILIES:
         denoiser = "unet" if name == "sd1" else "transformer"
-        model = DiffusionModel.from_pretrained(folder / name, parallel_scheme={denoiser: {"backend": "gloo"}})
-        assert list(model.managers) == [denoiser]
-        part = model.components[denoiser]
-        assert [path for path, each in part.named_parameters() if not isinstance(each, DTensor)] == []
+        parts = [denoiser, "text_encoder_2" if name == "flux" else "text_encoder"]
+        scheme = {part: {"backend": "gloo"} for part in parts}
+        model = DiffusionModel.from_pretrained(folder / name, parallel_scheme=scheme)
+        assert list(model.managers) == parts
+        for part in parts:
+            weights = model.components[part].named_parameters()
+            assert [path for path, each in weights if not isinstance(each, DTensor)] == []
         _keep(folder, f"{name}", traced(name, model))
 
 

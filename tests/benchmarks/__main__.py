@@ -10,16 +10,28 @@ import argparse
 import os
 import platform
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
 from tests.benchmarks import attention, first_image, gradients, overhead, patching, scrub_rate, trees
-from tests.benchmarks.table import Row, Setting, as_markdown, as_text
+from tests.benchmarks.table import Row, Setting, as_text, page, section
 
 README = Path(__file__).parent / "README.md"
+
+
+SECTIONS = {
+    "Looking": overhead.rows,
+    "Patching": patching.rows,
+    "Derivatives": gradients.rows,
+    "Attention": attention.rows,
+    "Starting": first_image.rows,
+    "Component trees": trees.rows,
+    "Scrubbing": scrub_rate.rows,
+}
+"""What is measured, by the section of the page."""
 
 
 def main() -> None:
@@ -28,32 +40,26 @@ def main() -> None:
     parser.add_argument("--model", default="shapes-unet", help="a zoo name or a folder")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps a run")
     parser.add_argument("--rounds", type=int, default=30, help="rounds the medians are of")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="which sections")
     parser.add_argument("--write", action="store_true", help=f"also write {README.name}")
     given = parser.parse_args()
     setting = Setting(given.model, given.steps, given.rounds)
 
     warnings.filterwarnings("ignore")
-    where = machine()
-    rows = list(measure(setting))
-    print(f"\n{where}\n\n{as_text(rows)}")
-    if given.write:
-        README.write_text(as_markdown(rows, setting, where))
+    for name in given.only:
+        where = machine()
+        rows = list(measure(SECTIONS[name], setting))
+        print(f"\n{name}: {where}\n\n{as_text(rows)}\n")
+        if given.write:
+            before = README.read_text() if README.exists() else ""
+            README.write_text(page({name: section(name, rows, setting, where)}, before))
 
 
-def measure(setting: Setting) -> Iterator[Row]:
-    """Yield every row, saying which as it comes."""
-    for benchmark in (
-        overhead.rows,
-        patching.rows,
-        gradients.rows,
-        attention.rows,
-        first_image.rows,
-        trees.rows,
-        scrub_rate.rows,
-    ):
-        for row in benchmark(setting):
-            print(f"{row.what}: {row.value}", flush=True)
-            yield row
+def measure(benchmark: Callable[[Setting], Iterator[Row]], setting: Setting) -> Iterator[Row]:
+    """Yield every row of a section, saying which as it comes."""
+    for row in benchmark(setting):
+        print(f"{row.what}: {row.value}", flush=True)
+        yield row
 
 
 def machine() -> str:

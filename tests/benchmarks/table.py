@@ -70,19 +70,28 @@ def as_text(rows: Sequence[Row]) -> str:
     return "\n".join([head, *(f"{row.what:<{wide}}  {row.value:<{value}}  {row.nnsight}" for row in rows)])
 
 
-def as_markdown(rows: Sequence[Row], setting: Setting, machine: str) -> str:
-    """Spell the table for the README of the benchmarks."""
+_HEAD = """# Benchmarks
+
+`make bench` prints them; `python -m tests.benchmarks --write` writes this page, with `--only` some sections.
+Ratios are to the bare pipeline in the same process, the variants taking turns: the median of the rounds, with
+its 95% bootstrap interval. nnsight does the same where it is installed.
+"""
+
+
+def page(sections: Mapping[str, str], before: str) -> str:
+    """Return the README of the benchmarks, with the sections that were not measured now as they were."""
+    kept = dict(part.split("\n", 1) for part in before.split("\n## ")[1:])
+    found = {**{name: f"## {name}\n{text.rstrip()}\n" for name, text in kept.items()}, **sections}
+    return "\n".join([_HEAD, *found.values()])
+
+
+def section(name: str, rows: Sequence[Row], setting: Setting, machine: str) -> str:
+    """Spell a table for the README of the benchmarks."""
     return "\n".join(
         [
-            "# Benchmarks",
+            f"## {name}",
             "",
-            "`make bench` prints them; `python -m tests.benchmarks --write` writes this page.",
-            "",
-            f"{machine}.",
-            "",
-            f"{setting.model}, {setting.steps} steps with guidance. Ratios are to the bare pipeline in",
-            f"the same process, the variants taking turns: the median of {setting.rounds} rounds, with",
-            "its 95% bootstrap interval. nnsight does the same where it is installed.",
+            f"{machine}. {setting.model}, {setting.steps} steps with guidance, {setting.rounds} rounds.",
             "",
             "| | workbench | nnsight |",
             "|---|---|---|",

@@ -24,6 +24,10 @@ def repository(tmp_path_factory):
     pipeline = tiny.sd1()
     pipeline.vae.half()
     pipeline.save_pretrained(path)
+    (path / "pipeline.py").write_text(
+        "from diffusers import StableDiffusionPipeline\n\n\n"
+        "class OwnPipeline(StableDiffusionPipeline):\n    pass\n"
+    )
     return path
 
 
@@ -81,6 +85,25 @@ def test_the_dtypes_of_weights_on_the_hub_are_known_before_they_are_fetched(foun
     sizes = DiffusionModel(tiny.sd1()).memory()
     assert met["told"]["unet"] == sizes["unet"]["float32"]
     assert met["told"]["vae"] == sizes["vae"]["float16"]
+
+
+def test_a_token_goes_along_and_files_are_fetched_again_when_that_is_asked_for(found):
+    first, cached, forced = found[1]["again"]["times"]
+    weights = [name for name in first if name.endswith(".safetensors")]
+    assert len(weights) == 3
+    assert {first[name][1] for name in first} == {"Bearer hf_secret"}
+    for name in weights:
+        assert cached[name][0] == first[name][0]
+        assert forced[name][0] > cached[name][0]
+    assert {forced[name][1] for name in weights} == {None}
+
+
+def test_a_pipeline_whose_code_a_repository_brings_is_opened_when_that_is_asked_for(found, latents):
+    met = found[1]["custom"]
+    assert met["kind"] == "InputError"
+    assert "trust_remote_code=True" in met["said"]
+    assert met["class"] == "OwnPipeline"
+    assert torch.equal(torch.tensor(met["latents"]), latents)
 
 
 def test_no_server_at_all_is_said_whether_weights_are_asked_for_or_not(found):

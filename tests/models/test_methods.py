@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests import tiny
 from tests.watching import as_bytes
-from workbench.errors import GuardError, UnknownNameError
+from workbench.errors import GuardError, InputError, UnknownNameError
 from workbench.models.model import DiffusionModel
 
 PROMPT = "a red circle"
@@ -45,7 +45,7 @@ def test_saved_model_opens_and_makes_the_same(model, tmp_path, safe, variant):
     middle = "" if variant is None else f".{variant}"
     assert names == {"config.json", f"diffusion_pytorch_model{middle}.{ending}"}
     # transformers writes safetensors whatever it is told, so of the two kinds each part has its own.
-    again = DiffusionModel(tmp_path, variant=variant, use_safetensors=True if safe else None)
+    again = DiffusionModel(tmp_path, variant=variant, use_safetensors=safe)
     assert made(again) == made(model)
 
 
@@ -118,6 +118,26 @@ def test_memory_efficient_attention_wins_over_slices(model):
     assert isinstance(attention.processor, XFormersAttnProcessor)
     others = [each for each in model.unet.module.attn_processors.values() if each is not attention.processor]
     assert not any("Sliced" in type(each).__name__ for each in others)
+
+
+def test_slices_are_taken_away_where_there_are_some(model):
+    layers = model.unet.module.attn_processors
+    model.enable_attention_slicing(1)
+    model.enable_attention_slicing(None)
+    assert not any("Sliced" in type(each).__name__ for each in model.unet.module.attn_processors.values())
+    model.unet.module.mid_block.attentions[0].transformer_blocks[0].attn1.set_processor(
+        XFormersAttnProcessor()
+    )
+    model.enable_attention_slicing(None)
+    kinds = [type(each).__name__ for each in model.unet.module.attn_processors.values()]
+    assert kinds.count("XFormersAttnProcessor") == 1
+    assert len(kinds) == len(layers)
+
+
+@pytest.mark.parametrize("size", [0, -1, "huge", 1.5, True])
+def test_a_size_that_slices_cannot_have_is_refused(model, size):
+    with pytest.raises(InputError, match="is no size"):
+        model.enable_attention_slicing(size)
 
 
 def test_attention_backend_is_chosen_and_traced():

@@ -1,11 +1,14 @@
 """Options of ``from_pretrained``: each reaches what it is for; what is unsafe must be asked for by name."""
 
+import json
 import pickle
 import shutil
+from contextlib import suppress
 
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from safetensors.torch import load_file, save_file
 
 from tests import tiny
 from workbench.errors import InputError, LoadError, UnknownNameError
@@ -33,7 +36,7 @@ def opened(reference, **options):
 # Names of before
 
 
-@pytest.mark.parametrize("option", ["mirror", "resume_download"])
+@pytest.mark.parametrize("option", ["mirror", "resume_download", "proxies"])
 def test_an_option_without_effect_warns_and_opens(saved, option):
     with pytest.warns(UserWarning, match=f"{option} has no effect any more"):
         assert opened(saved, **{option: True}).dispatched
@@ -57,8 +60,6 @@ def test_what_returns_more_than_a_model_is_asked_of_from_pretrained(saved):
 
 
 def test_loading_info_names_what_the_files_lack_and_have_too_many(folder):
-    from safetensors.torch import load_file, save_file
-
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
     weights["stranger"] = weights.pop("conv_out.bias")
@@ -130,10 +131,57 @@ def test_a_variant_is_opened(folder):
 # Without memory mapping, diffusers leaves the file of each component to the garbage collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
-    "options", [{"low_cpu_mem_usage": False}, {"disable_mmap": True}, {"local_files_only": True}]
+    "options",
+    [
+        {"low_cpu_mem_usage": False},
+        {"disable_mmap": True},
+        {"local_files_only": True},
+        {"device_map": "cpu"},
+        {"use_safetensors": None},
+    ],
 )
 def test_options_of_loading_go_through(saved, options):
     assert opened(saved, **options).record("a red circle", num_inference_steps=1, seed=0).images
+
+
+def test_a_map_of_devices_spreads_a_pipeline(saved):
+    model = opened(saved, device_map="cpu")
+    assert model.pipeline.hf_device_map == "cpu"
+
+
+@pytest.mark.parametrize("options", [{"device_map": "cpu"}, {"trust_remote_code": True}])
+def test_weights_that_are_missing_are_not_made_up_under_any_option(folder, options):
+    file = folder / "text_encoder" / "model.safetensors"
+    weights = load_file(file)
+    weights.pop(next(key for key in weights if key.endswith("mlp.fc1.weight")))
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(LoadError, match="lacks weights of text_encoder: .*mlp.fc1.weight"):
+        opened(folder, **options)
+
+
+def test_weights_of_another_shape_are_said_with_their_part(folder):
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["conv_in.bias"] = torch.zeros(7)
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(LoadError, match=r"conv_in.bias of unet is \(7,\), and by its configuration \("):
+        opened(folder)
+
+
+def test_what_loads_no_weights_cannot_move_them(saved):
+    for asked in ({"device": "cpu"}, {"output_loading_info": True}, {"load_for_training": True}):
+        with pytest.raises(InputError, match="dispatch=False loads no weights"):
+            DiffusionModel.from_pretrained(saved, dispatch=False, **asked)
+    assert not DiffusionModel.from_pretrained(saved, dispatch=False).dispatched
+
+
+def test_loading_info_and_a_device_go_together(folder):
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights.pop("conv_in.bias")
+    save_file(weights, file, metadata={"format": "pt"})
+    _, info = DiffusionModel.from_pretrained(folder, output_loading_info=True, move_to_device=False)
+    assert info["unet"]["missing_keys"] == ["conv_in.bias"]
 
 
 def test_components_can_be_given_and_left_out(saved):
@@ -188,6 +236,16 @@ def test_pickled_weights_are_opened_only_when_asked_for(folder):
     assert model.record("a red circle", num_inference_steps=1, seed=0).images
 
 
+def test_one_part_may_be_pickled(folder):
+    latents = opened(folder).record("a red circle", num_inference_steps=1, seed=0).latents
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save(tiny.sd1().unet.state_dict(), folder / "unet" / "diffusion_pytorch_model.bin")
+    model = opened(folder, use_safetensors=False)
+    assert torch.equal(model.record("a red circle", num_inference_steps=1, seed=0).latents, latents)
+    with pytest.raises(LoadError, match="use_safetensors=False"):
+        opened(folder, use_safetensors=None)
+
+
 def test_a_hostile_pickle_leaves_no_mark(folder, tmp_path):
     mark = tmp_path / "mark"
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
@@ -196,6 +254,12 @@ def test_a_hostile_pickle_leaves_no_mark(folder, tmp_path):
     for options in ({}, {"use_safetensors": False}):
         with pytest.raises(LoadError):
             opened(folder, **options)
+    tiny.sd1().save_pretrained(folder, safe_serialization=False)
+    for safe in (*folder.glob("unet/*.safetensors"), *folder.glob("*/model.safetensors")):
+        safe.unlink()
+    file.write_bytes(pickle.dumps(Payload(mark)))
+    with pytest.raises(LoadError, match="weights_only|Weights only|pickle"):
+        opened(folder, use_safetensors=False)
     assert not mark.exists()
     # Control: unpickled without care, it leaves its mark.
     pickle.loads(file.read_bytes()).close()
@@ -226,6 +290,39 @@ def test_code_from_elsewhere_runs_only_when_asked_for(saved, tmp_path):
     assert mark.exists()
     assert model.automodel.__name__ == "OwnPipeline"
     assert model.record("a red circle", num_inference_steps=1, seed=0).images
+
+
+@pytest.mark.parametrize(("revision", "where"), [(None, "main"), ("main", "main"), ("0.0.1", "v0.0.1")])
+def test_a_community_pipeline_is_opened_by_its_name(saved, tmp_path, monkeypatch, revision, where):
+    # Which versions there are, diffusers asks the package index.
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.get_diffusers_versions", lambda: ["0.0.1"])
+    mark, home = tmp_path / "mark", tmp_path / "datasets--diffusers--community-pipelines-mirror"
+    code = home / "snapshots" / ("c" * 40) / where
+    code.mkdir(parents=True)
+    (code / "somebodys.py").write_text(OWN_CODE.format(mark=str(mark)))
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("c" * 40)
+    options = {"custom_pipeline": "somebodys", "custom_revision": revision, "cache_dir": str(tmp_path)}
+    with pytest.raises(InputError, match="trust_remote_code=True"):
+        opened(saved, **options)
+    assert not mark.exists()
+    assert opened(saved, **options, trust_remote_code=True).automodel.__name__ == "OwnPipeline"
+    assert mark.exists()
+
+
+def test_a_part_that_brings_code_is_not_asked_about(folder, tmp_path, monkeypatch):
+    """transformers would ask at the keyboard whether to run it."""
+    mark, index = tmp_path / "mark", json.loads((folder / "model_index.json").read_text())
+    index["tokenizer"] = ["transformers", "AutoTokenizer"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    own = {"auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}, "tokenizer_class": "OwnTokenizer"}
+    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(own))
+    (folder / "tokenizer" / "own.py").write_text(f"from pathlib import Path\nPath({str(mark)!r}).touch()\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    for dispatch in (True, None):
+        with suppress(LoadError, InputError):
+            DiffusionModel(folder, dispatch=dispatch)
+        assert not mark.exists()
 
 
 def test_a_folder_with_code_of_its_own_is_opened_only_when_asked_for(folder, tmp_path):

@@ -14,7 +14,7 @@ from tests import ranks, tiny
 from workbench.errors import InputError, LoadError, UnknownNameError
 from workbench.models.model import DiffusionModel
 from workbench.models.parallel import schemes
-from workbench.models.parallel.managers import blocks, make_trainable
+from workbench.models.parallel.managers import blocks, choose_device, make_trainable
 from workbench.models.parallel.nemo import NeMoAutoDiffusionPipeline
 
 CPU = torch.device("cpu")
@@ -174,6 +174,10 @@ def test_a_rank_that_ends_ends_them_all(folder, function):
         ({"_manager_type": "fsdp"}, UnknownNameError, "no _manager_type 'fsdp'.*fsdp2"),
         ({"_manager_type": "ddp", "tp_size": 2}, UnknownNameError, "ddp scheme has no key 'tp_size'"),
         ({"tp_size": "two"}, InputError, "tp_size='two'"),
+        ({"tp_size": 0}, InputError, "tp_size=0: .*greater than or equal to 1"),
+        ({"cp_size": -3}, InputError, "cp_size=-3"),
+        ({"dp_replicate_size": 0}, InputError, "dp_replicate_size=0"),
+        ({"_manager_type": "ddp", "world_size": 0}, InputError, "world_size=0"),
         (3, InputError, "is a dict"),
     ],
 )
@@ -192,7 +196,9 @@ def test_an_entry_that_says_nothing_known_is_refused(entry, error, says):
         ({"tp_plan": {"a": "colwise"}}, "splits nothing"),
         ({"tp_size": 2, "tp_plan": {"a": "sequence"}}, "sequence_parallel=True"),
         ({"tp_size": 2, "tp_plan": {"a": "colwize"}}, "no style 'colwize'"),
+        ({"tp_size": 2, "tp_plan": {"a": 7}}, "7 at a is no style"),
         ({"backend": "nccl"}, "on a CPU it is 'gloo'"),
+        ({"backend": "glue"}, "no backend 'glue'.*gloo"),
         ({"tp_size": 4, "tp_plan": {"a": "rowwise"}, "offload_policy": True}, "leaves none"),
         ({"world_size": 3}, "there are 4 ranks"),
         ({"dp_size": 3}, "does not fit 4 ranks"),
@@ -224,6 +230,41 @@ def test_sizes_that_are_not_said_are_what_is_left(entry, sizes):
 def test_one_process_alone_is_told_how_to_be_many(folder):
     with pytest.raises(InputError, match="torchrun --nproc-per-node"):
         DiffusionModel.from_pretrained(folder / "flux", parallel_scheme={"transformer": {}})
+
+
+def test_a_model_is_not_built_before_its_scheme_is_read(folder, monkeypatch):
+    monkeypatch.setattr("workbench.models.parallel.opening.build", lambda *_, **__: pytest.fail("built"))
+    spec = {"transformer_cls": "FluxTransformer2DModel"}
+    for build in (DiffusionModel.from_config, NeMoAutoDiffusionPipeline.from_config):
+        with pytest.raises(UnknownNameError, match="no key 'tp_sise'"):
+            build(str(folder / "flux"), spec, parallel_scheme={"transformer": {"tp_sise": 2}})
+        with pytest.raises(InputError, match="torchrun"):
+            build(str(folder / "flux"), {**spec, "load_full_pipeline": True}, parallel_scheme={"vae": {}})
+
+
+@pytest.mark.parametrize(("device", "says"), [("cud", "none of torch's"), ("cuda:99", "CUDA devices")])
+def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(folder, monkeypatch, device, says):
+    monkeypatch.setattr("workbench.models.loading.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(InputError, match=says):
+        DiffusionModel.from_pretrained(folder / "flux", device=device)
+
+
+def test_the_device_is_the_one_given_or_this_ranks_or_the_cpu(monkeypatch):
+    assert choose_device("meta") == torch.device("meta")
+    assert choose_device(None) == CPU
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device(None) == choose_device("cuda") == torch.device("cuda", 1)
+    assert choose_device("cuda:0") == torch.device("cuda", 0)
+
+
+def test_components_stay_where_they_are_if_so_asked(folder):
+    moved = []
+    for move in (False, None):
+        model = DiffusionModel.from_pretrained(folder / "flux", device="meta", move_to_device=move)
+        moved.append(model.pipeline.transformer.device.type)
+    assert moved == ["cpu", "meta"]
 
 
 def test_a_component_that_is_not_there_is_refused(folder):
@@ -274,7 +315,11 @@ def test_a_denoiser_alone_is_wrapped(folder):
     with pytest.raises(ValueError, match="transformer_cls"):
         NeMoAutoDiffusionPipeline.from_config(str(folder / "flux"), {})
     assert DiffusionModel(pipe).components.keys() == {"transformer"}
-    assert NeMoAutoDiffusionPipeline(transformer=None, vae=1).components == {"vae": 1}
+    alone = NeMoAutoDiffusionPipeline(transformer=None, vae=1)
+    assert alone.components == {"vae": 1}
+    assert alone.transformer is None
+    alone.transformer = 2
+    assert alone.components == {"vae": 1, "transformer": 2}
 
 
 def test_the_whole_pipeline_is_built_around_random_weights(folder):

@@ -117,6 +117,9 @@ def test_a_spec_can_be_a_file_and_part_of_a_larger_one(folders, tmp_path):
     nested.write_text("model:\n  lr: 1\npipeline_spec: " + json.dumps(UNET))
     for file in (plain, str(nested)):
         assert list(wb.DiffusionModel.from_config(folders["sd1"], file).components) == ["unet"]
+    assert wb.PipelineSpec.from_dict({**UNET, "pipeline_cls": None}).pipeline_cls is None
+    with pytest.raises(InputError, match="read from a dict"):
+        wb.PipelineSpec.from_dict(None)
     assert wb.PipelineSpec.read(plain) == wb.PipelineSpec(**UNET) == wb.PipelineSpec.from_dict(UNET)
 
 
@@ -133,6 +136,7 @@ def test_a_spec_can_be_a_file_and_part_of_a_larger_one(folders, tmp_path):
         ({**UNET, "pipeline_cls": "NoPipeline", "load_full_pipeline": True}, UnknownNameError, "NoPipeline"),
         ("nowhere.yaml", InputError, "nowhere.yaml cannot be read"),
         (7, InputError, "not 7"),
+        (None, InputError, "not None"),
     ],
 )
 def test_what_is_no_spec_is_said_by_name(folders, spec, error, said):

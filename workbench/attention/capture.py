@@ -291,7 +291,7 @@ class Run:
             largest = value.topk(min(self.asked.top, value.shape[axis]), dim=axis)
             value = largest.values
             self._indices.setdefault(path, []).append(largest.indices.cpu())
-        self._reduction.add(path, row, value)
+        self._reduction.add(path, row, value, 1 if self.plan is None else self.plan.calls)
 
 
 def _told(scheduler: Any) -> bool:

@@ -26,6 +26,26 @@ class _Sum:
 
 
 @dataclass
+class _Calls:
+    """Maps of one layer's calls, written into memory taken once: joined at the end they would be twice.
+
+    Attributes:
+        values: ``(room, [heads,] tokens, places)``.
+        count: how many there are.
+    """
+
+    values: torch.Tensor
+    count: int = 0
+
+    def add(self, value: torch.Tensor) -> None:
+        if self.count == len(self.values):
+            more = torch.empty_like(self.values)
+            self.values = torch.cat([self.values, more])
+        self.values[self.count] = value
+        self.count += 1
+
+
+@dataclass
 class Reduction:
     """Keeps maps by layer and call, or their mean or maximum over layers, steps or both.
 
@@ -39,18 +59,23 @@ class Reduction:
     dtype: torch.dtype
     aspect: tuple[int, int] = (1, 1)
     kept: dict[Key, _Sum] = field(default_factory=dict)
+    whole: dict[str, _Calls] = field(default_factory=dict)
 
     def key(self, path: str, call: int, shape: tuple[int, ...]) -> Key:
         """Return what a map is added up with."""
         return (None if "layers" in self.how else path, None if "steps" in self.how else call, shape)
 
-    def add(self, path: str, row: Row, value: torch.Tensor) -> None:
-        """Take one layer's map of one call, ``([heads,] tokens, places)`` float32."""
+    def add(self, path: str, row: Row, value: torch.Tensor, calls: int = 1) -> None:
+        """Take one layer's map of one call, ``([heads,] tokens, places)`` float32, of about so many calls."""
+        if not self.how:
+            if path not in self.whole:
+                self.whole[path] = _Calls(torch.empty(max(calls, 1), *value.shape, dtype=self.dtype))
+            self.whole[path].add(value)
+            return
         key = self.key(path, row.call, tuple(value.shape))
         found = self.kept.get(key)
         if found is None:
-            once = not self.how
-            self.kept[key] = _Sum(value.to("cpu", self.dtype if once else value.dtype, copy=True))
+            self.kept[key] = _Sum(value.to("cpu", copy=True))
             return
         how = next(iter(self.how.values()))
         value = value.to(found.value.device)
@@ -62,6 +87,8 @@ class Reduction:
 
     def result(self) -> dict[str, torch.Tensor]:
         """Return ``(calls, [heads,] tokens, places)`` by layer; what is reduced has length 1 or one name."""
+        if not self.how:
+            return {path: calls.values[: calls.count] for path, calls in self.whole.items()}
         by_layer: dict[str, dict[int, list[_Sum]]] = {}
         for (path, call, _), found in self.kept.items():
             calls = by_layer.setdefault(path or ALL_LAYERS, {})
@@ -73,8 +100,6 @@ class Reduction:
 
     def _whole(self, sums: list[_Sum]) -> torch.Tensor:
         """Return the mean or maximum of what was added up in several shapes."""
-        if not self.how:
-            return sums[0].value
         finest = max(sums, key=lambda each: each.value.shape[-1]).value.shape[-1]
         values = [_to_grid(each.value, finest, self.aspect) for each in sums]
         if next(iter(self.how.values())) == "max":

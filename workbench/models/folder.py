@@ -215,6 +215,35 @@ def reading(file: Path) -> Iterator[Any]:
         raise LoadError(f"{file} cannot be read: {error}. {_MEND}.") from error
 
 
+def pickled(folder: Path, names: Collection[str]) -> bool:
+    """Whether every component of these has its weights as a pickle."""
+    return all(any(_place(folder, name).glob("*.bin")) for name in names)
+
+
+def misshapen(folder: Path, name: str, module: nn.Module, variant: str | None = None) -> str:
+    """Say which weight of a component's files has another shape than its configuration; empty if none has."""
+    own = {path: tuple(each.shape) for path, each in module.state_dict().items()}
+    for file in weight_files(_place(folder, name), variant):
+        with reading(file) as weights:
+            for key in own.keys() & {*weights.keys()}:
+                found = tuple(weights.get_slice(key).get_shape())
+                if found != own[key]:
+                    return f"{file}: {key} of {name} is {found}, and by its configuration {own[key]}."
+    return ""
+
+
+def named_classes(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the classes of the parts that an index names, of those that diffusers and transformers have."""
+    found = {}
+    for name, entry in index.items():
+        if isinstance(entry, list) and len(entry) == 2 and all(isinstance(each, str) for each in entry):
+            try:
+                found[name] = _part_class(folder, name, *entry)
+            except LoadError:
+                continue
+    return {name: kind for name, kind in found.items() if kind is not None}
+
+
 def kept_dtypes(folder: Path, variant: str | None) -> dict[str, torch.dtype]:
     """Return in which dtype each component's weights are kept, with ``default`` for the others."""
     found = {"default": torch.float32}
@@ -266,9 +295,14 @@ def loading_info(
     return info
 
 
-def lacking(module: nn.Module) -> list[str]:
-    """Return the paths of a loaded model's weights that its files did not have."""
-    weights = dict(module.named_parameters())
+def lacking(module: nn.Module, *, elsewhere: bool = False) -> list[str]:
+    """Return the paths of a loaded model's weights that its files did not have.
+
+    Args:
+        module: the model.
+        elsewhere: whether weights on ``meta`` are kept elsewhere, as a device map does.
+    """
+    weights = {path: each for path, each in module.named_parameters() if not (elsewhere and each.is_meta)}
     lost = [path for path, each in weights.items() if each.is_meta]
     # transformers marks what it has read, and gives random values to the rest.
     read = [path for path, each in weights.items() if getattr(each, "_is_hf_initialized", False)]

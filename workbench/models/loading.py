@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from torch import nn
 
 from workbench import zoo
 from workbench.errors import InputError, LoadError, UnknownNameError, WorkbenchError, nearest
 from workbench.models import options
-from workbench.models.folder import INDEX, check_parts, kept_dtypes, lacking, part_classes, read_index
+from workbench.models.folder import (
+    INDEX,
+    check_parts,
+    kept_dtypes,
+    lacking,
+    misshapen,
+    named_classes,
+    part_classes,
+    pickled,
+    read_index,
+)
 from workbench.models.quiet import quiet_load
 
 
@@ -188,7 +198,12 @@ def fetched(kind: Any, found: str, asked: Mapping[str, Any]) -> Path:
         return Path(found)
     fetch = getattr(kind, "download", None) or pipeline_class(None).download
     try:
-        return Path(fetch(found, **asked))
+        folder = Path(fetch(found, **asked))
+        if asked.get("force_download"):
+            # diffusers itself takes weights that are in the cache all the same.
+            there = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
+            snapshot_download(found, allow_patterns=there, **options.asked_of_hub(asked))
+        return folder
     except Exception as error:
         raise LoadError(options.unfetched(found, asked, error, _lack(kind, found, asked))) from error
 
@@ -253,28 +268,59 @@ def from_pretrained(kind: Any, reference: str, asked: Mapping[str, Any], *, whol
         LoadError: it cannot be opened.
         UnknownNameError, InputError: options that do not fit.
     """
-    asked = {"use_safetensors": True, **options.renamed(asked)}
+    asked = options.renamed(asked)
+    if asked.get("use_safetensors") is None:
+        asked["use_safetensors"] = True
     options.check(kind, reference, asked)
     folder = fetched(kind, reference, asked)
     index = read_index(folder)
-    # Code that comes with a folder can make anything of its parts.
-    known = () if asked.get("trust_remote_code") else check_folder(kind, folder, asked)
+    if asked.get("trust_remote_code"):
+        # Code that comes with a folder can make anything of its parts, but not without their weights.
+        known = tuple(name for name in named_classes(folder, index) if name not in asked)
+    else:
+        known = check_folder(kind, folder, asked)
     if asked.get("dtype") is not None:
         asked["dtype"] = dtypes_of(asked["dtype"], folder, index, asked.get("variant"))
+    if asked["use_safetensors"] is False and not pickled(folder, _modules(folder, index, known)):
+        # With False diffusers wants every part pickled; with None it takes what there is.
+        asked["use_safetensors"] = None
     try:
         pipeline = _named(kind, index, asked).from_pretrained(str(folder), **asked)
     except Exception as error:
-        raise LoadError(f"{folder} could not be opened as a pipeline: {error}") from error
-    if whole and asked.get("device_map") is None:
-        _check_weights(pipeline, folder, known)
+        why = _misshapen(folder, index, known, asked.get("variant")) or error
+        raise LoadError(f"{folder} could not be opened as a pipeline: {why}") from error
+    if whole:
+        _check_weights(pipeline, folder, known, elsewhere=asked.get("device_map") is not None)
     return pipeline
 
 
-def _check_weights(pipeline: Any, folder: Path, names: Collection[str]) -> None:
+def _modules(folder: Path, index: Mapping[str, Any], names: Collection[str]) -> list[str]:
+    """Return those of a folder's parts that have weights."""
+    classes = named_classes(folder, index)
+    return [
+        name for name in names if isinstance(classes.get(name), type) and issubclass(classes[name], nn.Module)
+    ]
+
+
+def _misshapen(folder: Path, index: Mapping[str, Any], names: Collection[str], variant: str | None) -> str:
+    """Say which part's weights do not fit its configuration, which diffusers says without the part."""
+    from workbench.models.skeleton import from_folder
+
+    for name in _modules(folder, index, names):
+        kind = named_classes(folder, index)[name]
+        if hasattr(kind, "load_config"):
+            with suppress(Exception), torch.device("meta"):
+                found = misshapen(folder, name, from_folder(kind, folder / name, None), variant)
+                if found:
+                    return found
+    return ""
+
+
+def _check_weights(pipeline: Any, folder: Path, names: Collection[str], *, elsewhere: bool) -> None:
     """Refuse weights that the files lack: diffusers leaves them out, and transformers makes some up."""
     for name in names:
         part = getattr(pipeline, name, None)
-        lost = lacking(part) if isinstance(part, nn.Module) else []
+        lost = lacking(part, elsewhere=elsewhere) if isinstance(part, nn.Module) else []
         if lost:
             more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
             raise LoadError(

@@ -123,22 +123,32 @@ class PipelineMethods(ABC):
         Args:
             slice_size: ``"auto"`` is two slices, ``"max"`` a head at a time, a number the heads of a slice;
                 None is off.
+
+        Raises:
+            InputError: none of these.
         """
+        counted = isinstance(slice_size, int) and not isinstance(slice_size, bool) and slice_size > 0
+        if slice_size is None:
+            return self.disable_attention_slicing()
+        if not counted and slice_size not in ("auto", "max"):
+            raise InputError(f"slice_size={slice_size!r} is no size: give 'auto', 'max', 1 or more, or None.")
         efficient = [name for name, part in self.components.items() if _memory_efficient(part)]
-        if efficient and slice_size is not None:
+        if efficient:
             warnings.warn(
                 f"{', '.join(efficient)}: memory-efficient attention is on and does without slices. To have "
                 "slices, switch it off first: model.disable_xformers_memory_efficient_attention().",
                 UserWarning,
                 stacklevel=2,
             )
-            return
-        self._method("enable_attention_slicing")(slice_size)
+            return None
+        return self._method("enable_attention_slicing")(slice_size)  # type: ignore[no-any-return]
 
     def disable_attention_slicing(self) -> None:
         """Compute attention whole again; memory-efficient attention stays on where it is."""
-        if not any(_memory_efficient(part) for part in self.components.values()):
-            self._method("disable_attention_slicing")()
+        self._method("disable_attention_slicing")  # where there is none, this says so
+        for part in self.components.values():
+            if hasattr(part, "set_attention_slice") and not _memory_efficient(part):
+                part.set_attention_slice(None)
 
     def _method(self, name: str) -> Any:
         """Return the pipeline's own method of a name that is ours too."""

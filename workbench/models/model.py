@@ -103,7 +103,7 @@ class DiffusionModel(Looking, PipelineMethods):
         output_loading_info: bool = False,
         parallel_scheme: Mapping[str, Mapping[str, Any]] | None = None,
         device: torch.device | str | None = None,
-        move_to_device: bool = False,
+        move_to_device: bool | None = None,
         load_for_training: bool = False,
         components_to_load: Sequence[str] | None = None,
         **options: Any,
@@ -118,7 +118,7 @@ class DiffusionModel(Looking, PipelineMethods):
             parallel_scheme: by component, how it is spread over the ranks that ``torchrun`` started; see
                 `workbench.models.parallel.schemes`. The model then has ``managers``.
             device: where to move components; None is this rank's CUDA device, or the CPU.
-            move_to_device: move them there; so it is with a ``device`` or a ``parallel_scheme``.
+            move_to_device: move them there; None is with a ``device`` or a ``parallel_scheme``.
             load_for_training: make their parameters trainable.
             components_to_load: which components are moved and made trainable; None is all.
             **options: of ``from_pretrained``, and ``automodel``.
@@ -126,8 +126,16 @@ class DiffusionModel(Looking, PipelineMethods):
         Returns:
             The model; with what else was asked for, a tuple of it, the info and the folder, in this order.
         """
-        move_to_device = move_to_device or device is not None or bool(parallel_scheme)
-        if move_to_device or load_for_training or components_to_load is not None:
+        options = renamed(options)
+        opened = device is not None or bool(parallel_scheme)
+        move_to_device = opened if move_to_device is None else move_to_device
+        opened = opened or move_to_device or load_for_training or components_to_load is not None
+        if not options.get("dispatch", True) and (opened or output_loading_info):
+            raise InputError(
+                "dispatch=False loads no weights: there are none to move, train or report on. Leave it out."
+            )
+        if opened:
+            options.pop("dispatch", None)
             from workbench.models.parallel.opening import open_spread
 
             pipeline, managers = open_spread(
@@ -137,11 +145,13 @@ class DiffusionModel(Looking, PipelineMethods):
                 move_to_device=move_to_device,
                 load_for_training=load_for_training,
                 components_to_load=components_to_load,
+                whole=not output_loading_info,
                 **options,
             )
             model = cls(pipeline)
             model._reference, model.managers = str(reference), managers
         elif output_loading_info:
+            options.pop("dispatch", None)
             pipeline, name = load(reference, whole=False, **options)
             model = cls(pipeline)
             model._reference = name
@@ -150,7 +160,7 @@ class DiffusionModel(Looking, PipelineMethods):
         answers: list[Any] = [model]
         if output_loading_info or return_cached_folder:
             kind = pipeline_class(options.pop("automodel", None))
-            folder = fetched(kind, locate(str(reference)), renamed(options))
+            folder = fetched(kind, locate(str(reference)), options)
             if output_loading_info:
                 answers.append(loading_info(folder, model.components, options.get("variant")))
             if return_cached_folder:
@@ -190,12 +200,21 @@ class DiffusionModel(Looking, PipelineMethods):
             >>> spec = {"transformer_cls": "UNet2DConditionModel", "subfolder": "unet"}
             >>> DiffusionModel.from_config("shapes-unet", {**spec, "load_full_pipeline": True}, seed=0)
         """
-        pipeline = build(reference, PipelineSpec.read(spec), dtype=dtype, seed=seed, **options)
-        managers: dict[str, Any] = {}
+        read, managers = PipelineSpec.read(spec), dict[str, Any]()
         if parallel_scheme or device is not None:
-            from workbench.models.parallel.opening import spread
+            from workbench.models.parallel.opening import build_spread
 
-            managers = spread(pipeline, parallel_scheme=parallel_scheme, device=device)
+            pipeline, managers = build_spread(
+                reference,
+                read,
+                dtype=dtype,
+                seed=seed,
+                parallel_scheme=parallel_scheme,
+                device=device,
+                **options,
+            )
+        else:
+            pipeline = build(reference, read, dtype=dtype, seed=seed, **options)
         model = cls(pipeline)
         model.managers = managers
         return model

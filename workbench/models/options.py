@@ -18,7 +18,6 @@ _HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
 _KNOWN = (
     *_HUB,
-    "proxies",
     "custom_pipeline",
     "custom_revision",
     "device_map",
@@ -42,6 +41,7 @@ _KNOWN = (
 )
 _WITHOUT_EFFECT = {
     "mirror": "set HF_ENDPOINT in the environment for another server",
+    "proxies": "set HTTP_PROXY and HTTPS_PROXY in the environment",
     "resume_download": "a download that was cut off is always gone on with",
 }
 _TEXTS = ("*.json", "*.txt", "*.model", "*.py")

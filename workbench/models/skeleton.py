@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoConfig
 
 from workbench.errors import LoadError
 from workbench.models.folder import (
@@ -54,7 +55,8 @@ class Skeleton:
         taken = inspect.signature(self.automodel).parameters
         parts = {name: None if isinstance(entry, list) else entry for name, entry in index.items()}
         for name, cls in classes.items():
-            parts[name] = _part(folder, name, cls, dtypes.get(name, dtypes["default"]))
+            trusted = bool(options.get("trust_remote_code"))
+            parts[name] = _part(folder, name, cls, dtypes.get(name, dtypes["default"]), trusted)
         parts |= options
         try:
             self.components: dict[str, Any] = self.automodel(
@@ -77,8 +79,12 @@ def _kept_on_hub(found: str, options: Mapping[str, Any]) -> dict[str, torch.dtyp
         return {}
 
 
-def _part(folder: Path, name: str, cls: Any, dtype: torch.dtype | None) -> Any:
-    """Make one part: a module on ``meta`` from its configuration, anything else as it is kept."""
+def _part(folder: Path, name: str, cls: Any, dtype: torch.dtype | None, trusted: bool) -> Any:
+    """Make one part: a module on ``meta`` from its configuration, anything else as it is kept.
+
+    A class of transformers that chooses another is told whether code beside the files may run: left to itself
+    it would ask.
+    """
     if cls is None:
         raise LoadError(
             f"{folder / INDEX}: {name} is of no class of diffusers or transformers. If you trust the code "
@@ -86,8 +92,12 @@ def _part(folder: Path, name: str, cls: Any, dtype: torch.dtype | None) -> Any:
         )
     where = part_folder(folder, name, cls)
     try:
+        chooses = cls.__module__.startswith("transformers.models.auto.")
+        if hasattr(cls, "_model_mapping") and chooses:
+            config = AutoConfig.from_pretrained(where, trust_remote_code=trusted)
+            cls = cls._model_mapping[type(config)]
         if not issubclass(cls, nn.Module):
-            return cls.from_pretrained(where)
+            return cls.from_pretrained(where, **({"trust_remote_code": trusted} if chooses else {}))
         with torch.device("meta"):
             return from_folder(cls, where, dtype)
     except Exception as error:

@@ -35,7 +35,7 @@ class PipelineSpec:
     """
 
     transformer_cls: str = ""
-    pipeline_cls: str = ""
+    pipeline_cls: str | None = ""
     subfolder: str = "transformer"
     load_full_pipeline: bool = False
     enable_gradient_checkpointing: bool = True
@@ -48,6 +48,8 @@ class PipelineSpec:
         Raises:
             InputError: a key that there is not, or a value of another type; all are named.
         """
+        if not isinstance(values, Mapping):
+            raise InputError(f"A pipeline spec is read from a dict, not {values!r}.")
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = [str(key) for key in values if key not in known]
         if unknown:

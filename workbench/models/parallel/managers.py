@@ -51,10 +51,19 @@ def register_strategy(transformer_cls: str, strategy: Strategy) -> None:
 
 
 def choose_device(device: torch.device | str | None) -> torch.device:
-    """Return the device that is given, this rank's CUDA device, or the CPU."""
-    found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """Return the device that is given, this rank's CUDA device, or the CPU.
+
+    Raises:
+        InputError: torch has no such device, or this machine has not.
+    """
+    try:
+        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise InputError(f"device={device!r} is none of torch's: {str(error).splitlines()[0]}") from None
     if found.type == "cuda" and found.index is None:
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device={str(found)!r}: this machine has {torch.cuda.device_count()} CUDA devices.")
     return found
 
 
@@ -133,15 +142,24 @@ class DDPManager:
         Raises:
             InputError: all of it is frozen.
         """
-        if not any(each.requires_grad for each in module.parameters()):
-            raise InputError(
-                f"{type(module).__name__} is frozen, and ddp is for training: load_for_training=True. To run "
-                "it spread over ranks, use {'_manager_type': 'fsdp2'}."
-            )
+        check_trainable(module)
         if self.scheme.activation_checkpointing:
             checkpoint_activations(module)
         device = next(module.parameters()).device
         return Replica(module, device_ids=[device] if device.type == "cuda" else None)
+
+
+def check_trainable(module: nn.Module) -> None:
+    """Refuse a module of which no parameter is trained.
+
+    Raises:
+        InputError: it is for ddp, which is for training.
+    """
+    if not any(each.requires_grad for each in module.parameters()):
+        raise InputError(
+            f"{type(module).__name__} is frozen, and ddp is for training: load_for_training=True. To run it "
+            "spread over ranks, use {'_manager_type': 'fsdp2'}."
+        )
 
 
 class Replica(DistributedDataParallel):

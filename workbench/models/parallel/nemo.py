@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from workbench.models.parallel.managers import Manager
-from workbench.models.parallel.opening import ParallelScheme, open_spread, spread
-from workbench.models.spec import Parts, PipelineSpec, build
+from workbench.models.parallel.opening import ParallelScheme, build_spread, open_spread
+from workbench.models.spec import Parts, PipelineSpec
 
 
 class NeMoAutoDiffusionPipeline(Parts):
@@ -28,6 +28,15 @@ class NeMoAutoDiffusionPipeline(Parts):
     def __init__(self, transformer: Any = None, **components: Any) -> None:
         given = {"transformer": transformer, **components}
         super().__init__(**{name: part for name, part in given.items() if part is not None})
+
+    @property
+    def transformer(self) -> Any:
+        """The denoiser, or None."""
+        return self.components.get("transformer")
+
+    @transformer.setter
+    def transformer(self, module: Any) -> None:
+        self.components["transformer"] = module
 
     @classmethod
     def from_pretrained(
@@ -99,15 +108,15 @@ class NeMoAutoDiffusionPipeline(Parts):
             The diffusers pipeline, or one of this class around the denoiser alone; and by component its
             manager.
         """
-        pipeline = build(model_id, PipelineSpec.read(pipeline_spec), dtype=torch_dtype, **options)
-        if isinstance(pipeline, Parts):
-            pipeline = cls(**pipeline.components)
-        managers = spread(
-            pipeline,
+        pipeline, managers = build_spread(
+            model_id,
+            PipelineSpec.read(pipeline_spec),
+            dtype=torch_dtype,
             parallel_scheme=parallel_scheme,
             device=device,
             move_to_device=move_to_device,
             load_for_training=True,
             components_to_load=components_to_load,
+            **options,
         )
-        return pipeline, managers
+        return cls(**pipeline.components) if isinstance(pipeline, Parts) else pipeline, managers

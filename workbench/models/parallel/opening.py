@@ -16,13 +16,15 @@ from workbench.models.options import check, renamed, texts
 from workbench.models.parallel import schemes
 from workbench.models.parallel.managers import (
     Manager,
+    check_trainable,
     choose_device,
     connect,
     make_manager,
     make_trainable,
     ranks,
 )
-from workbench.models.parallel.weights import fill, unfilled
+from workbench.models.parallel.weights import fill, has_all, unfilled
+from workbench.models.spec import PipelineSpec, build
 
 ParallelScheme = Mapping[str, Mapping[str, Any]]
 
@@ -36,9 +38,10 @@ def open_spread(
     load_for_training: bool = False,
     components_to_load: Iterable[str] | None = None,
     automodel: Any = None,
+    whole: bool = True,
     **options: Any,
 ) -> tuple[Any, dict[str, Manager]]:
-    """Open a pipeline with its weights; see `DiffusionModel.from_pretrained`.
+    """Open a pipeline with its weights; see `DiffusionModel.from_pretrained` and `loading.load`.
 
     Everything that can be refused is refused before the first weight is read.
 
@@ -53,25 +56,74 @@ def open_spread(
     where, chosen = choose_device(device), _chosen(components_to_load, modules)
     planned = _planned(parallel_scheme, modules, where)
     _check_quantised(asked, planned)
-    # What transformers makes has names of its own in its files, so it loads that itself, and whole.
-    by_shard = [
-        name
-        for name, (scheme, _) in planned.items()
-        if isinstance(scheme, schemes.FSDP2) and name not in asked and hasattr(classes[name], "load_config")
-    ]
+    for name, (scheme, _) in planned.items():
+        if (
+            isinstance(scheme, schemes.DDP)
+            and isinstance(asked.get(name), nn.Module)
+            and not load_for_training
+        ):
+            check_trainable(asked[name])
     made = {}
     folder = loading.fetched(kind, found, asked)
     loading.check_folder(kind, folder, asked)
     dtypes = loading.dtypes_of(asked.get("dtype"), folder, read_index(folder), asked.get("variant"))
-    for name in by_shard:
-        scheme, manager = planned[name]
+    for name, (scheme, manager) in planned.items():
+        if not isinstance(scheme, schemes.FSDP2) or name in asked:
+            continue
         part, dtype = part_folder(folder, name, classes[name]), dtypes.get(name, dtypes["default"])
         module = unfilled(classes[name], part, dtype, uniform=load_for_training and name in chosen)
+        if not hasattr(classes[name], "load_config") and not has_all(module, part, asked.get("variant")):
+            # Files whose names transformers changes as it reads them it loads by itself, and whole.
+            continue
         made[name] = manager.parallelize(module)
         fill(module, part, device=scheme.keeps_on(where), variant=asked.get("variant"))
-    pipeline = loading.from_pretrained(kind, found, {**asked, **made})
+    pipeline = loading.from_pretrained(kind, found, {**asked, **made}, whole=whole)
     _shard(pipeline, {name: each for name, each in planned.items() if name not in made})
     return pipeline, _settle(pipeline, planned, where, chosen, move_to_device, load_for_training)
+
+
+def build_spread(
+    reference: str | Path,
+    spec: PipelineSpec,
+    *,
+    dtype: torch.dtype | str | None = None,
+    seed: int | None = None,
+    parallel_scheme: ParallelScheme | None = None,
+    device: torch.device | str | None = None,
+    move_to_device: bool = True,
+    load_for_training: bool = False,
+    components_to_load: Iterable[str] | None = None,
+    **options: Any,
+) -> tuple[Any, dict[str, Manager]]:
+    """Build a denoiser with random weights; see `DiffusionModel.from_config`.
+
+    What can be refused is refused before anything is built. Each rank makes the weights whole before it keeps
+    its share.
+
+    Returns:
+        The pipeline, and the manager of each component that is spread.
+    """
+    spec.validate_for_from_config()
+    modules = [spec.subfolder]
+    if spec.load_full_pipeline:
+        asked, kind = renamed(options), loading.pipeline_class(spec.pipeline_cls or None)
+        classes = _classes(texts(loading.locate(str(reference)), asked), kind, asked)
+        modules += [
+            name for name, cls in classes.items() if isinstance(cls, type) and issubclass(cls, nn.Module)
+        ]
+    where = choose_device(device)
+    chosen = None if components_to_load is None else _chosen(components_to_load, modules)
+    _check_planned(parallel_scheme, modules, where)
+    pipeline = build(reference, spec, dtype=dtype, seed=seed, **options)
+    managers = spread(
+        pipeline,
+        parallel_scheme=parallel_scheme,
+        device=device,
+        move_to_device=move_to_device,
+        load_for_training=load_for_training,
+        components_to_load=chosen,
+    )
+    return pipeline, managers
 
 
 def spread(
@@ -111,17 +163,28 @@ def _check_quantised(asked: Mapping[str, Any], planned: Planned) -> None:
         )
 
 
-def _planned(given: ParallelScheme | None, modules: list[str], device: torch.device) -> Planned:
-    """Read and check a scheme, then join the ranks: nothing has been loaded when one entry is refused."""
+def _check_planned(
+    given: ParallelScheme | None, modules: list[str], device: torch.device
+) -> tuple[dict[str, schemes.Scheme], int]:
+    """Read and check a scheme; return it by component, and the number of ranks."""
     read = schemes.read(given or {}, modules)
     if not read:
-        return {}
+        return {}, 1
     backends = {scheme.backend for scheme in read.values() if scheme.backend is not None}
     if len(backends) > 1:
         raise InputError(f"All components share one process group; its backend is one of {sorted(backends)}.")
     world = ranks()
     for name, scheme in read.items():
         scheme.check(name, world, device)
+    return read, world
+
+
+def _planned(given: ParallelScheme | None, modules: list[str], device: torch.device) -> Planned:
+    """Read and check a scheme, then join the ranks: nothing has been loaded when one entry is refused."""
+    read, world = _check_planned(given, modules, device)
+    if not read:
+        return {}
+    backends = [scheme.backend for scheme in read.values() if scheme.backend is not None]
     connect(next(iter(backends), None), device)
     return {name: (scheme, make_manager(name, scheme, world, device)) for name, scheme in read.items()}
 

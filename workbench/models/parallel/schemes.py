@@ -8,17 +8,22 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic
 import torch
+import torch.distributed as dist
 from pydantic.dataclasses import dataclass
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
+from torch.distributed.tensor.parallel import ParallelStyle
 
 from workbench.errors import InputError, UnknownNameError, nearest
 
 _CONFIG = pydantic.ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
 _KIND = "_manager_type"
+
+Size = Annotated[int, pydantic.Field(ge=1)]
+"""A number of ranks."""
 
 
 @dataclass(config=_CONFIG)
@@ -33,7 +38,7 @@ class Scheme:
 
     activation_checkpointing: bool = False
     backend: str | None = None
-    world_size: int | None = None
+    world_size: Size | None = None
 
     def check(self, component: str, world: int, device: torch.device) -> None:
         """Refuse what cannot be done by ``world`` ranks on such a device.
@@ -43,6 +48,10 @@ class Scheme:
         """
         if self.world_size not in (None, world):
             raise InputError(f"{component}: world_size={self.world_size}, but there are {world} ranks.")
+        for each in (self.backend or "").split(",") if self.backend is not None else ():
+            if each.rpartition(":")[2].lower() not in dist.Backend.backend_list:
+                known = [name for name in dist.Backend.backend_list if name != "undefined"]
+                raise UnknownNameError(f"{component}: no backend {self.backend!r}.{nearest(each, known)}")
         if self.backend == "nccl" and device.type == "cpu":
             raise InputError(f"{component}: backend='nccl' is for CUDA; on a CPU it is 'gloo'.")
 
@@ -75,12 +84,12 @@ class FSDP2(Scheme):
         defer_fsdp_grad_sync: exchange gradients only in the last of several backward passes.
     """
 
-    dp_size: int | None = None
-    dp_replicate_size: int | None = None
-    tp_size: int | None = 1
-    cp_size: int | None = 1
-    pp_size: int | None = 1
-    ep_size: int | None = 1
+    dp_size: Size | None = None
+    dp_replicate_size: Size | None = None
+    tp_size: Size | None = 1
+    cp_size: Size | None = 1
+    pp_size: Size | None = 1
+    ep_size: Size | None = 1
     mp_policy: MixedPrecisionPolicy | None = None
     sequence_parallel: bool = False
     tp_plan: dict[str, Any] | None = None
@@ -101,6 +110,8 @@ class FSDP2(Scheme):
         if self.tp_plan and (self.tp_size or 1) == 1:
             raise InputError(f"{component}: a tp_plan splits nothing with tp_size=1.")
         for path, style in (self.tp_plan or {}).items():
+            if not isinstance(style, (str, ParallelStyle)):
+                raise InputError(f"{component}: {style!r} at {path} is no style: {', '.join(STYLES)}.")
             if isinstance(style, str) and style not in STYLES:
                 raise UnknownNameError(f"{component}: no style {style!r} at {path}.{nearest(style, STYLES)}")
             if style == "sequence" and not self.sequence_parallel:

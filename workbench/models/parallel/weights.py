@@ -17,10 +17,10 @@ from workbench.models.skeleton import from_folder
 
 
 def unfilled(kind: Any, folder: Path, dtype: torch.dtype | None, *, uniform: bool) -> nn.Module:
-    """Build a model of diffusers whose parameters are on ``meta``, in the dtypes that loading it would give.
+    """Build a model whose parameters are on ``meta``, in the dtypes that loading it would give.
 
     Args:
-        kind: its class.
+        kind: its class, of diffusers or transformers.
         folder: with its configuration.
         dtype: of its parameters; buffers that it computes itself are real, and as the class makes them.
         uniform: cast also what the class would keep in float32, which training in shards needs.
@@ -63,6 +63,11 @@ def fill(module: nn.Module, folder: Path, *, device: torch.device, variant: str 
             key = f"{path}.{name}".lstrip(".")
             kept = _read(where, key, buffer.shape, folder).to(buffer.dtype) if key in where else buffer
             owner._buffers[name] = kept.to(device)
+
+
+def has_all(module: nn.Module, folder: Path, variant: str | None = None) -> bool:
+    """Whether a component's files have every one of its parameters under its own name."""
+    return {name for name, _ in module.named_parameters()} <= _where(folder, variant).keys()
 
 
 def _where(folder: Path, variant: str | None) -> dict[str, Path]:
