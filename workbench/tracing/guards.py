@@ -213,7 +213,7 @@ def _remembers(place: Place) -> str | None:
 
 def _fused(place: Place) -> str | None:
     for (path, module), (inner, _) in pairwise(place.around):
-        if not getattr(module, "fused_projections", False) or "to_v" in _names(module):
+        if not vars(module).get("fused_projections", False) or "to_v" in _names(module):
             continue
         name = inner.rpartition(".")[2]
         for fused, parts in _FUSED.items():
@@ -263,7 +263,8 @@ def _runs_eagerly() -> bool:
 
 def _hooks(module: nn.Module) -> Mapping[str, Any]:
     """Return the hooks that diffusers itself has put on a module, which run inside of ours."""
-    hooks: Mapping[str, Any] = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+    # Looked up in its own dictionary: for what is not there a module searches long, and many are asked.
+    hooks: Mapping[str, Any] = getattr(vars(module).get("_diffusers_hook"), "hooks", {})
     return hooks
 
 

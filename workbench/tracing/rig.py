@@ -102,12 +102,13 @@ class Rig:
         self._calls: dict[tuple[int, str], _Calls] = {}
         self._beside: dict[tuple[int, type[Any]], Any] = {}
         self._modes: list[TorchFunctionMode] = []
+        self._clean = False
 
     def before(self, target: Target, hook: Before, *, last: bool = False) -> Owned:
         """Call ``hook(owner, args, kwargs)`` before each forward of a module, or each call of a method."""
         if isinstance(target, Method):
             return _stand(Owned(self, hook, last=last), self._calls_of(target).before)
-        self._modules[target] = None
+        self._clean, self._modules[target] = False, None
         owned = Owned(self, hook, target=target, last=last)
         target.register_forward_pre_hook(owned, with_kwargs=True)
         self._keep_last(target._forward_pre_hooks)
@@ -117,7 +118,7 @@ class Rig:
         """Call ``hook(owner, args, kwargs, output)`` after each forward, or each call of a method."""
         if isinstance(target, Method):
             return _stand(Owned(self, hook, last=last), self._calls_of(target).after)
-        self._modules[target] = None
+        self._clean, self._modules[target] = False, None
         owned = Owned(self, hook, target=target, last=last)
         target.register_forward_hook(owned, with_kwargs=True)
         self._keep_last(target._forward_hooks)
@@ -125,6 +126,7 @@ class Rig:
 
     def wrap(self, target: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         """Shadow the method ``target.name`` by ``make(method)`` on this one object."""
+        self._clean = False
         self._wrapped.append((target, name))
         own, method = target.__dict__.get(name, _MISSING), getattr(target, name)
         shadow = Owned(self, make(method), before=own, target=target, name=name)
@@ -147,6 +149,7 @@ class Rig:
 
     def enter(self, mode: TorchFunctionMode) -> None:
         """Have a mode see every call of torch in this thread until the sweep."""
+        self._clean = False
         self._modes.append(mode)
         mode.__enter__()  # type: ignore[no-untyped-call]
 
@@ -159,6 +162,8 @@ class Rig:
 
     def sweep(self) -> None:
         """Take off every hook, wrapped method and mode of this rig; safe to call again."""
+        if self._clean:
+            return
         drop_modes(self._modes)
         for module in self._modules:
             _remove(module, lambda hook: isinstance(hook, Owned) and hook.owner is self)
@@ -169,6 +174,7 @@ class Rig:
                     target.__dict__.pop(name, None)
                 else:
                     target.__dict__[name] = current.before
+        self._clean = True
 
     def forget(self) -> None:
         """Hold no hook any more, after the last sweep: hooks hold what their run kept, in a circle."""

@@ -237,7 +237,20 @@ class Session:
                 taker.take(self, site, value)
             return value
 
-        hook_port(self.rig, target, place.port, pass_by)
+        def kept_alone(value: Any) -> Any:
+            """What `pass_by` does where nothing else is wanted: it is done at every module of a large record."""
+            if not self.recomputing:
+                row = self.clock.now
+                call, branch = (None, None) if row is None else (row.call, row.only)
+                alone.append(Passage(call, keep(value), branch))
+            return value
+
+        plain = [kept for site, kept in captures if not site.leaf]
+        if len(plain) == len(captures) == 1 and not edits and not takers and self.replay is None:
+            alone = plain[0]
+            hook_port(self.rig, target, place.port, kept_alone)
+        else:
+            hook_port(self.rig, target, place.port, pass_by)
 
     def _check_watched(self) -> None:
         """Refuse a run whose loop called another denoiser or scheduler than it said."""
