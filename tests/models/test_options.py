@@ -155,7 +155,7 @@ def test_weights_that_are_missing_are_not_made_up_under_any_option(folder, optio
     weights = load_file(file)
     weights.pop(next(key for key in weights if key.endswith("mlp.fc1.weight")))
     save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(LoadError, match="lacks weights of text_encoder: .*mlp.fc1.weight"):
+    with pytest.raises(LoadError, match=r"lacks weights of text_encoder: .*mlp.fc1.weight"):
         opened(folder, **options)
 
 
@@ -258,7 +258,7 @@ def test_a_hostile_pickle_leaves_no_mark(folder, tmp_path):
     for safe in (*folder.glob("unet/*.safetensors"), *folder.glob("*/model.safetensors")):
         safe.unlink()
     file.write_bytes(pickle.dumps(Payload(mark)))
-    with pytest.raises(LoadError, match="weights_only|Weights only|pickle"):
+    with pytest.raises(LoadError, match=r"weights_only|Weights only|pickle"):
         opened(folder, use_safetensors=False)
     assert not mark.exists()
     # Control: unpickled without care, it leaves its mark.

@@ -69,7 +69,7 @@ def test_images_show_what_their_prompts_ask_for(pipeline):
         score(shapes.parse(prompt), shapes.read(image)) for prompt, image in zip(PROMPTS, images, strict=True)
     ]
     # Where colours have one way in they are right in five of six, here in four of these.
-    least = 4 if pipeline.config["_name_or_path"].endswith("shapes-planted") else 5
+    least = 4 if "shapes-planted" in str(pipeline.config["_name_or_path"]) else 5
     assert sum(one.colours for one in scores) >= least
     assert sum(one.bound for one in scores) >= least
     # The control: the same images against each other's prompts.

@@ -238,7 +238,7 @@ class Session:
             return value
 
         def kept_alone(value: Any) -> Any:
-            """What `pass_by` does where nothing else is wanted: it is done at every module of a large record."""
+            """Do what `pass_by` does where nothing else is wanted, as at every module of a large record."""
             if not self.recomputing:
                 row = self.clock.now
                 call, branch = (None, None) if row is None else (row.call, row.only)
