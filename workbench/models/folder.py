@@ -220,6 +220,17 @@ def pickled(folder: Path, names: Collection[str]) -> bool:
     return all(any(_place(folder, name).glob("*.bin")) for name in names)
 
 
+def torn_pickle(folder: Path, name: str) -> str:
+    """Say which of a component's pickles cannot be read, as weights and nothing else; empty if all can."""
+    for file in sorted(_place(folder, name).glob("*.bin")):
+        try:
+            torch.load(file, map_location="meta", weights_only=True)
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with it
+            said = str(error) or type(error).__name__
+            return f"{file}, the weights of {name}, cannot be read: {said}. {_MEND}."
+    return ""
+
+
 def misshapen(folder: Path, name: str, module: nn.Module, variant: str | None = None) -> str:
     """Say which weight of a component's files has another shape than its configuration; empty if none has."""
     own = {path: tuple(each.shape) for path, each in module.state_dict().items()}

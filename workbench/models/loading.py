@@ -24,6 +24,7 @@ from workbench.models.folder import (
     part_classes,
     pickled,
     read_index,
+    torn_pickle,
 )
 from workbench.models.quiet import quiet_load
 
@@ -287,7 +288,7 @@ def from_pretrained(kind: Any, reference: str, asked: Mapping[str, Any], *, whol
     try:
         pipeline = _named(kind, index, asked).from_pretrained(str(folder), **asked)
     except Exception as error:
-        why = _misshapen(folder, index, known, asked.get("variant")) or error
+        why = _fault(folder, index, known, asked.get("variant")) or error
         raise LoadError(f"{folder} could not be opened as a pipeline: {why}") from error
     if whole:
         _check_weights(pipeline, folder, known, elsewhere=asked.get("device_map") is not None)
@@ -302,11 +303,14 @@ def _modules(folder: Path, index: Mapping[str, Any], names: Collection[str]) -> 
     ]
 
 
-def _misshapen(folder: Path, index: Mapping[str, Any], names: Collection[str], variant: str | None) -> str:
-    """Say which part's weights do not fit its configuration, which diffusers says without the part."""
+def _fault(folder: Path, index: Mapping[str, Any], names: Collection[str], variant: str | None) -> str:
+    """Say which part's weights are torn or do not fit its configuration, where the libraries say no part."""
     from workbench.models.skeleton import from_folder
 
     for name in _modules(folder, index, names):
+        torn = torn_pickle(folder, name)
+        if torn:
+            return torn
         kind = named_classes(folder, index)[name]
         if hasattr(kind, "load_config"):
             with suppress(Exception), torch.device("meta"):
