@@ -79,7 +79,8 @@ class Run:
             InputError, GuardError: a layer that was asked for cannot have given any.
             UnknownNameError: the run has not the branch.
         """
-        self.session.record.ledger.check_branch(self.asked.branch)
+        if self.session.record.ledger:
+            self.session.record.ledger.check_branch(self.asked.branch)
         for path in self.asked.sites or ():
             if path in self._without and path not in self._layer_rows:
                 raise InputError(
