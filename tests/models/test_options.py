@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from tests import tiny
 from workbench.errors import InputError, LoadError, UnknownNameError
@@ -323,6 +324,10 @@ def test_a_part_that_brings_code_is_not_asked_about(folder, tmp_path, monkeypatc
         with suppress(LoadError, InputError):
             DiffusionModel(folder, dispatch=dispatch)
         assert not mark.exists()
+    # Control: transformers asks, is told yes, and runs it.
+    with suppress(Exception):
+        AutoTokenizer.from_pretrained(folder / "tokenizer")
+    assert mark.exists()
 
 
 def test_a_folder_with_code_of_its_own_is_opened_only_when_asked_for(folder, tmp_path):

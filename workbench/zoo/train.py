@@ -65,7 +65,7 @@ RECIPES = {
     "shapes-unet": Recipe(),
     "shapes-ddpm": Recipe(steps=8000, batch=8, rate=8e-4, scenes=20_000),
     "shapes-mmdit": Recipe(steps=4000, batch=64, scenes=40_000, pairs=0.5, twins=0.12),
-    "shapes-planted": Recipe(steps=3000, batch=32, rate=6e-4, scenes=24_000, pairs=0.5, twins=0.12),
+    "shapes-planted": Recipe(steps=1000, batch=32, rate=4e-4, scenes=24_000, pairs=0.5, twins=0.12),
 }
 """The numbers that a model is trained with, unless the command line says otherwise."""
 
