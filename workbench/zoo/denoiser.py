@@ -26,13 +26,13 @@ WIDTH = 96
 """Width of the text encoder, and of what cross-attention attends to."""
 
 
-def text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
-    """Describe the text encoder of a tokenizer: three layers, (batch, 24, 96)."""
+def text_config(tokenizer: CLIPTokenizer, layers: int = 3) -> CLIPTextConfig:
+    """Describe the text encoder of a tokenizer, (batch, 24, 96)."""
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
         intermediate_size=4 * WIDTH,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=LENGTH,
         projection_dim=WIDTH,

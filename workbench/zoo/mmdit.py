@@ -18,6 +18,7 @@ from diffusers import (
 from torch import Tensor
 from torch.nn import functional
 from transformers import (
+    CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     T5Config,
@@ -38,8 +39,22 @@ SILENT_ROWS = 256
 
 
 def build_encoders(tokenizer: CLIPTokenizer) -> list[CLIPTextModelWithProjection]:
-    """Make the two text encoders, untrained; their outputs lie side by side, (batch, 24, 2 * 96)."""
-    return [CLIPTextModelWithProjection(text_config(tokenizer)) for _ in range(2)]
+    """Make the two text encoders, untrained; their outputs lie side by side, (batch, 24, 2 * 96).
+
+    Of four layers, for what the transformer attends to is read before the last.
+    """
+    return [CLIPTextModelWithProjection(text_config(tokenizer, layers=4)) for _ in range(2)]
+
+
+def teach(encoder: CLIPTextModelWithProjection, taught: CLIPTextModel) -> None:
+    """Begin with a text encoder of three layers that is trained: it binds colours to things already."""
+    weights = {
+        f"text_model.{name.removeprefix('text_model.')}": value for name, value in taught.state_dict().items()
+    }
+    left = encoder.load_state_dict(weights, strict=False)
+    own = ("text_projection.", "text_model.encoder.layers.3.")
+    if left.unexpected_keys or not all(name.startswith(own) for name in left.missing_keys):
+        raise ValueError(f"The text encoder does not fit: {left}.")
 
 
 def build_transformer() -> SD3Transformer2DModel:

@@ -4,7 +4,8 @@
 its text encoder. Everything in between is kept under ``DIR``, so that a run that was stopped goes on from its
 last checkpoint, and after every checkpoint ``DIR/export`` holds a complete pipeline of the averaged weights.
 ``--start FOLDER`` begins with the weights of an exported pipeline, and keeps its autoencoder.
-``shapes-mmdit`` takes the autoencoder of the zoo's ``shapes-unet``; ``shapes-planted`` begins with all of it.
+``shapes-mmdit`` takes the autoencoder and tokenizer of the zoo's ``shapes-unet``, and begins with its text
+encoder; ``shapes-planted`` begins with all of it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from pathlib import Path
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDPMPipeline,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -47,6 +47,7 @@ from workbench.zoo.mmdit import (
     draw_times,
     flow_loss,
     silent_rows,
+    teach,
 )
 from workbench.zoo.planted import plant, transplant
 from workbench.zoo.tokens import build_tokenizer
@@ -146,15 +147,19 @@ def train_shapes_planted(out: Path, recipe: Recipe, start: Path | None = None) -
 
 def train_shapes_mmdit(out: Path, recipe: Recipe, start: Path | None = None) -> Path:
     """Train ``shapes-mmdit``, or go on training it; as `train_shapes_unet`."""
-    first = None if start is None else StableDiffusion3Pipeline.from_pretrained(start)
-    vae = AutoencoderKL.from_pretrained(path("shapes-unet") / "vae") if first is None else first.vae
+    if start is None:
+        given = StableDiffusionPipeline.from_pretrained(path("shapes-unet"))
+    else:
+        given = StableDiffusion3Pipeline.from_pretrained(start)
+    vae, tokenizer = given.vae, given.tokenizer
     torch.manual_seed(recipe.seed)
-    tokenizer = build_tokenizer() if first is None else first.tokenizer
     encoders, transformer = build_encoders(tokenizer), build_transformer()
     models = {"text_encoder": encoders[0], "text_encoder_2": encoders[1], "transformer": transformer}
-    if first is not None:
+    if start is None:
+        teach(encoders[0], given.text_encoder)
+    else:
         for name, model in models.items():
-            model.load_state_dict(first.components[name].state_dict())
+            model.load_state_dict(given.components[name].state_dict())
     training = Training(models, recipe)
     training.resume(out / "denoiser.pt")
 
