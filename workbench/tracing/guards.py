@@ -45,7 +45,7 @@ from typing import Any
 from torch import nn
 
 from workbench.errors import GuardError
-from workbench.tracing.sites import Site
+from workbench.tracing.sites import Site, child
 
 KERNEL_PORTS = ("query", "key", "value")
 """Ports of what an attention layer hands to the kernel."""
@@ -79,7 +79,7 @@ class Place:
             found.append((at, module))
             if not rest:
                 break
-            at, module = f"{at}.{rest[0]}", getattr(module, rest.pop(0), None)
+            at, module = f"{at}.{rest[0]}", child(module, rest.pop(0))
         return cls(tuple(found))
 
     @property
@@ -109,8 +109,13 @@ def check(components: Mapping[str, Any], sites: Iterable[Site]) -> None:
         GuardError: with the site, the setting and what to switch off.
     """
     for site in sites:
+        place = Place.at(components, site.path)
+        # Hundreds of sites in one run are no rarity, and modules with a setting of any kind are.
+        settings = (
+            () if all(_as_built(module) for _, module in place.around) else (_compiled, _cached, _fused)
+        )
         kernel = (_bypassed,) if site.port in (*KERNEL_PORTS, "probs") else ()
-        _refuse(Place.at(components, site.path), (_compiled, _cached, _fused, *kernel))
+        _refuse(place, (*settings, *kernel))
 
 
 def check_maps(components: Mapping[str, Any], layers: Iterable[str], *, by_name: bool = False) -> None:
@@ -164,6 +169,17 @@ def _refuse(place: Place, guards: Iterable[Guard]) -> None:
         message = guard(place)
         if message is not None:
             raise GuardError(message)
+
+
+def _as_built(module: nn.Module) -> bool:
+    """Whether nothing has been set on a module that `_compiled`, `_cached` or `_fused` look for."""
+    own = vars(module)
+    return not (
+        type(module).__name__ == "OptimizedModule"
+        or own.get("_compiled_call_impl") is not None
+        or "_diffusers_hook" in own
+        or own.get("fused_projections", False)
+    )
 
 
 def _compiled(place: Place) -> str | None:

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -53,8 +53,7 @@ class Forks(Protocol):
         """Run ``record`` again from ``step`` with ``changes``."""
 
 
-@dataclass(frozen=True)
-class Passage:
+class Passage(NamedTuple):
     """One value that passed a captured site.
 
     Attributes:

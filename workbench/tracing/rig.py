@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import nn
@@ -46,12 +47,13 @@ Target = nn.Module | Method
 """What can be hooked: a module (its forward) or a method."""
 
 
-class Owned:
+class Owned(partial[Any]):
     """A callable that belongs to a rig: a hook, or what shadows the method ``target.name``.
+
+    A ``partial`` of nothing, since that passes a call on without a frame of Python.
 
     Attributes:
         owner: the rig.
-        call: what is called.
         before: of a shadow, what it took the place of on the object itself, if anything.
         target: the module it hooks, or the object whose method it shadows; None for a hook of a method.
         name: the method's name; empty for a hook.
@@ -59,10 +61,17 @@ class Owned:
         table: the hooks it stands among, where it hooks a method.
     """
 
+    owner: Rig
+    before: Any
+    target: Any
+    name: str
+    last: bool
+    table: list[Owned] | None
     __wrapped__: Callable[..., Any]
 
-    def __init__(
-        self,
+    @classmethod
+    def of(
+        cls,
         owner: Rig,
         call: Callable[..., Any],
         *,
@@ -70,18 +79,12 @@ class Owned:
         target: Any = None,
         name: str = "",
         last: bool = False,
-    ) -> None:
-        self.owner = owner
-        self.call = call
-        self.before = before
-        self.target = target
-        self.name = name
-        self.last = last
-        self.table: list[Owned] | None = None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Pass the call on."""
-        return self.call(*args, **kwargs)
+    ) -> Owned:
+        """Return ``call`` as something that belongs to ``owner``."""
+        owned = cls(call)
+        owned.owner, owned.before, owned.target = owner, before, target
+        owned.name, owned.last, owned.table = name, last, None
+        return owned
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Leave a copy of the target with its own method: only the original is watched."""
@@ -107,9 +110,9 @@ class Rig:
     def before(self, target: Target, hook: Before, *, last: bool = False) -> Owned:
         """Call ``hook(owner, args, kwargs)`` before each forward of a module, or each call of a method."""
         if isinstance(target, Method):
-            return _stand(Owned(self, hook, last=last), self._calls_of(target).before)
+            return _stand(Owned.of(self, hook, last=last), self._calls_of(target).before)
         self._clean, self._modules[target] = False, None
-        owned = Owned(self, hook, target=target, last=last)
+        owned = Owned.of(self, hook, target=target, last=last)
         target.register_forward_pre_hook(owned, with_kwargs=True)
         self._keep_last(target._forward_pre_hooks)
         return owned
@@ -117,9 +120,9 @@ class Rig:
     def after(self, target: Target, hook: After, *, last: bool = False) -> Owned:
         """Call ``hook(owner, args, kwargs, output)`` after each forward, or each call of a method."""
         if isinstance(target, Method):
-            return _stand(Owned(self, hook, last=last), self._calls_of(target).after)
+            return _stand(Owned.of(self, hook, last=last), self._calls_of(target).after)
         self._clean, self._modules[target] = False, None
-        owned = Owned(self, hook, target=target, last=last)
+        owned = Owned.of(self, hook, target=target, last=last)
         target.register_forward_hook(owned, with_kwargs=True)
         self._keep_last(target._forward_hooks)
         return owned
@@ -129,7 +132,7 @@ class Rig:
         self._clean = False
         self._wrapped.append((target, name))
         own, method = target.__dict__.get(name, _MISSING), getattr(target, name)
-        shadow = Owned(self, make(method), before=own, target=target, name=name)
+        shadow = Owned.of(self, make(method), before=own, target=target, name=name)
         # Pipelines look at a method's signature to decide what to pass: without this, no generator.
         shadow.__wrapped__ = method
         target.__dict__[name] = shadow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -49,18 +50,9 @@ class Site:
         """
         if isinstance(text, Site):
             return text
-        text = RUN_VALUES.get(text, text) if isinstance(text, str) else text
-        match = _SPELLING.match(text) if isinstance(text, str) else None
-        if match is None:
-            raise InputError(
-                f"{text!r} is not a site. Write a module path with an optional port: "
-                "'unet.mid_block', 'unet.mid_block:input', 'unet.mid_block:output[0]'."
-            )
-        port = match["port"] or "output"
-        if port not in PORTS:
-            raise UnknownNameError(f"No port {port!r} in {text!r}.{nearest(port, PORTS)}")
-        keys = tuple(name or int(index) for name, index in _KEY.findall(match["leaf"] or ""))
-        return cls(match["path"], port, keys)
+        if not isinstance(text, str):
+            raise _misspelled(text)
+        return _parsed(text)
 
     def __str__(self) -> str:
         """Spell the site as `parse` reads it."""
@@ -98,13 +90,35 @@ def resolve(components: Mapping[str, Any], path: str) -> Target:
     raise UnknownNameError(f"The model has no module or method {path!r}.{nearest(path, known)}")
 
 
+def child(module: nn.Module, name: str) -> Any:
+    """Return what a module has under a name, or None; torch itself searches longer for it."""
+    return module._modules.get(name) or getattr(module, name, None)
+
+
+@cache
+def _parsed(text: str) -> Site:
+    match = _SPELLING.match(RUN_VALUES.get(text, text))
+    if match is None:
+        raise _misspelled(text)
+    port = match["port"] or "output"
+    if port not in PORTS:
+        raise UnknownNameError(f"No port {port!r} in {text!r}.{nearest(port, PORTS)}")
+    keys = tuple(name or int(index) for name, index in _KEY.findall(match["leaf"] or ""))
+    return Site(match["path"], port, keys)
+
+
+def _misspelled(text: Any) -> InputError:
+    return InputError(
+        f"{text!r} is not a site. Write a module path with an optional port: "
+        "'unet.mid_block', 'unet.mid_block:input', 'unet.mid_block:output[0]'."
+    )
+
+
 def _below(root: Any, path: str) -> Any:
     """Return the module at ``path`` below ``root``; ``root`` itself if there is no path; else None."""
-    if not path:
-        return root
-    if not isinstance(root, nn.Module):
-        return None
-    try:
-        return root.get_submodule(path)
-    except AttributeError:
-        return None
+    found = root
+    for name in path.split(".") if path else ():
+        found = child(found, name) if isinstance(found, nn.Module) else None
+        if not isinstance(found, nn.Module):
+            return None
+    return found

@@ -40,6 +40,8 @@ def map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> A
 
 def keep(value: Any) -> Any:
     """Return a copy of ``value`` on the CPU that no later in-place edit can change."""
+    if type(value) is torch.Tensor:
+        return keep_tensor(value)  # as nearly always, and thousands of times a run
     return map_tensors(value, keep_tensor)
 
 
