@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from workbench.interventions.patch import Patch as Patch
     from workbench.interventions.scale import Ablate as Ablate
     from workbench.interventions.scale import Scale as Scale
+    from workbench.interventions.steer import Steer as Steer
     from workbench.models.diffuser import Diffuser as Diffuser
     from workbench.models.loop import trace_loop as trace_loop
     from workbench.models.model import DiffusionModel as DiffusionModel
@@ -55,6 +56,7 @@ _HOMES = {
     "Record": "workbench.tracing.record",
     "Reweight": "workbench.interventions.attention",
     "Scale": "workbench.interventions.scale",
+    "Steer": "workbench.interventions.steer",
     "Stream": "workbench.tracing.storage.stream",
     "Workbench": "workbench.widgets.app",
     "errors": "workbench.errors",
@@ -85,6 +87,7 @@ __all__ = [
     "Record",
     "Reweight",
     "Scale",
+    "Steer",
     "Stream",
     "Workbench",
     "__version__",

@@ -9,7 +9,8 @@
     ├── StoreError            a folder that cannot be read as a record or a data set of ours, or written
     ├── TraceError            the run did not pass where it was asked to
     │   ├── OutOfOrderError   the value had already gone by, or was never reached
-    │   └── ShapeError        a replacement whose shape or dtype does not fit; both are printed
+    │   ├── ShapeError        a replacement whose shape or dtype does not fit; both are printed
+    │   └── NotFiniteError    a change that makes infinities of finite values; step and site are named
     ├── GuardError            a setting of the model under which tracing would be wrong
     ├── BusyError             a second run on a model that is already running
     └── RunStopped            the user pressed Stop; carries what was seen
@@ -60,6 +61,10 @@ class OutOfOrderError(TraceError):
 
 class ShapeError(TraceError, ValueError):
     """A replacement whose shape, dtype or structure does not fit the value it replaces."""
+
+
+class NotFiniteError(TraceError, ValueError):
+    """A change of a run that makes infinities, or what is no number, of finite values."""
 
 
 class GuardError(WorkbenchError):

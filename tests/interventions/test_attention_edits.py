@@ -108,7 +108,7 @@ def test_tokens_take_their_weights_from_others_or_keep_their_own():
     tokens = torch.eye(24)
     tokens[2], tokens[3] = 0, 0
     tokens[3, [2, 3]] = 0.5
-    edit = wb.InjectAttention(CROSS, 1, source=source, tokens=tokens)
+    edit = wb.InjectAttention(CROSS, 1, source=source, alignment=tokens)
     given = (
         source.at(f"{CROSS}:query", step=1, branch="cond"),
         source.at(f"{CROSS}:key", step=1, branch="cond"),
@@ -123,7 +123,7 @@ def test_tokens_take_their_weights_from_others_or_keep_their_own():
     edited = model.record(**arguments, seed=0, interventions=[edit])
     by_hand = model.record(**arguments, seed=0, interventions=[by_weights(CROSS, mix, 1)])
     assert close(edited, by_hand)
-    wrong = wb.InjectAttention(CROSS, source=source, tokens=torch.eye(7))
+    wrong = wb.InjectAttention(CROSS, source=source, alignment=torch.eye(7))
     with pytest.raises(ShapeError, match="sees 24 tokens"):
         model.record(**arguments, interventions=[wrong])
 

@@ -39,24 +39,22 @@ _BLEND_FROM = 0.2
 
 
 @dataclass(frozen=True)
-class KeepOutside(Intervention):
-    """Keep another run's latents outside of a mask.
+class TakeLatents(Intervention):
+    """Put another run's latents in place of this run's, after each step: where the mask is.
 
     Attributes:
         site: what the scheduler puts out.
-        source: the run whose latents are kept.
-        mask: where this run's own are, boolean ``(rows, columns)`` of the latents.
+        source: the run whose latents they are.
     """
 
     site: str = "scheduler.step:output[0]"
     source: Record = field(kw_only=True, repr=False)
-    mask: torch.Tensor = field(kw_only=True, repr=False, compare=False)
 
     def new_value(self, site: Site, value: torch.Tensor, row: Row, branch: str) -> torch.Tensor:  # noqa: ARG002
-        """Return the latents, ``(rows, channels, rows, columns)``, the source's outside of the mask."""
+        """Return the source's latents, ``(batch, channels, rows, columns)``."""
         kept = self.source.ticks[row.tick]["latents"]
         assert kept is not None
-        return torch.where(self.mask.to(value.device), value, kept.to(value.device, value.dtype))
+        return kept.to(value.device, value.dtype)
 
 
 def prompt_to_prompt(
@@ -116,7 +114,7 @@ def prompt_to_prompt(
     seen = source.fork(0, prompt=prompt, interventions=edits, capture=[_place_of(blend[1])])
     masks = [_mask(each, like=source) for each in (_all_maps(first)[2], _all_maps(seen)[0])]
     late = range(round(_BLEND_FROM * steps), steps)
-    outside = KeepOutside(source=source, mask=masks[0] | masks[1], steps=late)
+    outside = TakeLatents(source=source, mask=(~(masks[0] | masks[1])).float(), steps=late)
     return source.fork(0, prompt=prompt, interventions=[*edits, outside])
 
 
@@ -161,8 +159,8 @@ def _injections(
     edits: list[Intervention] = []
     if cross:
         length = sum(len(word.columns) for word in _all_maps(first)[0].text)
-        tokens = _correspondence(model, first.spec.arguments, prompt, length)
-        edits.append(InjectAttention(layers, cross, source=first, tokens=tokens))
+        alignment = _correspondence(model, first.spec.arguments, prompt, length)
+        edits.append(InjectAttention(layers, cross, source=first, alignment=alignment))
     # Joint attention is in both; it was put in whole, with the words.
     to_words, to_itself = (set(maps.layers) for maps in _all_maps(first)[:2])
     if own and to_itself - to_words:
@@ -186,7 +184,7 @@ def _correspondence(
     if laid is None:
         raise InputError(
             f"Attention sees {length} tokens of text, which none of this model's tokenizers make, so it is "
-            "not known which correspond. Use cross=0, or wb.InjectAttention with tokens of your own."
+            "not known which correspond. Use cross=0, or wb.InjectAttention with an alignment of your own."
         )
     chosen = [next(each for each in readings[1] if each.tokenizer == part.tokenizer) for part in laid]
     parts = [align(old.ids, new.ids) for old, new in zip(laid, chosen, strict=True)]

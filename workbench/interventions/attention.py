@@ -23,7 +23,7 @@ from workbench.attention.tap import EDIT, Handed, Rest
 from workbench.attention.watch import Watch
 from workbench.attention.words import find
 from workbench.errors import GuardError, InputError, OutOfOrderError, ShapeError
-from workbench.interventions.intervention import Intervention, check_heads
+from workbench.interventions.intervention import Intervention, check_heads, check_mask, spread
 from workbench.interventions.patch import nth_call
 from workbench.tracing.ledger import Row
 from workbench.tracing.record import Record
@@ -75,6 +75,8 @@ class AttentionEdit(Intervention):
     def _check_site(self) -> None:
         if not isinstance(self.site, str) or not self.site:
             raise InputError(f"site={self.site!r} is no path of attention layers, such as '*.attn2'.")
+        if self.tokens is not None:
+            raise InputError(f"tokens={self.tokens!r}: an edit of attention names words, not places.")
 
 
 @dataclass
@@ -178,13 +180,13 @@ class InjectAttention(AttentionEdit):
         source: the run they come from.
         block: ``"image->text"`` for cross-attention and joint attention, ``"image->image"`` for
             self-attention.
-        tokens: how much each token of this run's text takes from each of the source's,
+        alignment: how much each token of this run's text takes from each of the source's,
             ``(tokens, source tokens)``; a row of zeros keeps this run's own weights. None is one to one.
     """
 
     source: Record = field(kw_only=True, repr=False)
     block: str = field(default="image->text", kw_only=True)
-    tokens: torch.Tensor | None = field(default=None, kw_only=True, repr=False, compare=False)
+    alignment: torch.Tensor | None = field(default=None, kw_only=True, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Check the source and the block."""
@@ -193,8 +195,8 @@ class InjectAttention(AttentionEdit):
             raise InputError(f"source={type(self.source).__name__} is no record.")
         if self.block not in ("image->text", "image->image"):
             raise InputError(f"block={self.block!r} is not injected. Give 'image->text' or 'image->image'.")
-        if self.tokens is not None and self.block == "image->image":
-            raise InputError("tokens say how texts correspond, and no text is in 'image->image'.")
+        if self.alignment is not None and self.block == "image->image":
+            raise InputError("alignment says how texts correspond, and no text is in 'image->image'.")
 
     def fits(self, scope: Scope) -> bool:
         """Whether a layer has the block; joint attention, which is one matrix, goes with the text."""
@@ -209,7 +211,7 @@ class InjectAttention(AttentionEdit):
             )
         query, key = call.handed["query"].clone(), call.handed["key"].clone()
         value, own = call.handed["value"], torch.zeros_like(call.handed["value"])
-        if self.tokens is not None:
+        if self.alignment is not None:
             value = value.clone()
         heads = call.heads(self.heads, query.shape[1])
         for branch, rows in call.parts:
@@ -218,7 +220,7 @@ class InjectAttention(AttentionEdit):
                 given = self._given(call, port, branch, tensor[rows])[[row - rows.start for row in chosen]]
                 for head in heads if tensor.shape[1] == query.shape[1] else range(tensor.shape[1]):
                     tensor[chosen, head] = given[:, head]
-            if self.tokens is not None:
+            if self.alignment is not None:
                 self._rearrange(call, value, own, chosen, heads)
         made = call.kernel(query=query, key=key, value=value)
         return made + call.unseen(value=own) if own.any() else made
@@ -238,12 +240,12 @@ class InjectAttention(AttentionEdit):
         self, call: Call, value: torch.Tensor, own: torch.Tensor, chosen: list[int], heads: list[int]
     ) -> None:
         """Put each token's values where the source's weights for it are; what is new keeps its own."""
-        assert self.tokens is not None
+        assert self.alignment is not None
         text = call.scope.span("text", value.shape[2])
-        shares = self.tokens.to(value.device, value.dtype)
+        shares = self.alignment.to(value.device, value.dtype)
         if shares.shape != (text.stop - text.start,) * 2:
             raise ShapeError(
-                f"tokens is {tuple(shares.shape)}; {call.scope.path} sees {text.stop - text.start} tokens."
+                f"alignment is {tuple(shares.shape)}; {call.scope.path} sees {text.stop - text.start} tokens."
             )
         new = (shares.sum(1) == 0).to(value.dtype)[:, None]
         for row in chosen:
@@ -271,10 +273,7 @@ class ForceMap(AttentionEdit):
     def __post_init__(self) -> None:
         """Check the map."""
         super().__post_init__()
-        if not isinstance(self.map, torch.Tensor) or self.map.ndim != 2:
-            raise InputError("map is a tensor of weights, (rows, columns).")
-        if not bool(((self.map >= 0) & (self.map <= 1)).all()):
-            raise InputError("The map's weights go from 0 to 1.")
+        check_mask(self.map, "map")
 
     def attend(self, call: Call) -> torch.Tensor:
         """Return the layer's output with the word's weights as they were said."""
@@ -336,7 +335,22 @@ class _Acting:
         if not parts:
             return None
         self.acted = True
-        return edit.attend(Call(scope, handed, row, parts, self.watch, rest))
+        call = Call(scope, handed, row, parts, self.watch, rest)
+        return self._in_part(call, edit.attend(call))
+
+    def _in_part(self, call: Call, edited: torch.Tensor) -> torch.Tensor:
+        """Return as much of an edit as is asked for, and where."""
+        edit = self.edit
+        if edit.strength == 1 and edit.mask is None:
+            return edited
+        plain = call.unseen()
+        changed = plain + edit.strength * (edited - plain)
+        if edit.mask is None:
+            return changed
+        image = call.scope.span("image", edited.shape[2])
+        share = spread(edit.mask, edited[:, :, image], site=f"{call.scope.path}:heads")
+        plain[:, :, image] += share * (changed - plain)[:, :, image]
+        return plain
 
     def check(self) -> None:
         """Refuse a run in which there was nothing to edit."""

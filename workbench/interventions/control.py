@@ -30,7 +30,7 @@ class RandomDirection(Intervention):
     @classmethod
     def of(cls, patch: Patch, seed: int = 0) -> RandomDirection:
         """Return the control of a patch: same site, steps, branch and norm."""
-        where = {"heads": patch.heads, "samples": patch.samples}
+        where = {name: getattr(patch, name) for name in ("heads", "samples", "tokens", "mask", "strength")}
         return cls(patch.site, patch.steps, patch.branch, **where, patch=patch, seed=seed)
 
     def new_value(self, site: Site, value: torch.Tensor, row: Row, branch: str) -> torch.Tensor:

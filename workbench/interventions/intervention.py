@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from workbench.errors import InputError
+from workbench.attention.geometry import grid
+from workbench.attention.maps import resize
+from workbench.errors import InputError, NotFiniteError
 from workbench.tracing.ledger import ALL, Row
 from workbench.tracing.sites import Site
 from workbench.tracing.steps import Steps, branch_rows, covers, normal
+from workbench.tracing.structure import describe
 
 _BY_HEAD = ("heads", "text_heads", "query", "key", "value", "probs")
 """Ports whose values are ``(batch, heads, …)``."""
@@ -31,6 +36,11 @@ class Intervention(ABC):
         samples: which samples of the batch, as the images are numbered: the first prompt with all its
             images, then the next; negative ones count from the end. None is every sample. The others'
             values stay as they are, to the bit.
+        tokens: which places of a sequence, counted from 0, at a site whose values are ``(batch, tokens,
+            width)`` or have heads; the others stay as they are, to the bit. None is every place.
+        mask: how much of the change each place of the picture gets, in [0, 1], ``(rows, columns)`` of the
+            whole picture, at any size.
+        strength: how much of the change is made: 1 is all of it, 0 is none, 2 goes as far again.
     """
 
     site: str
@@ -38,16 +48,21 @@ class Intervention(ABC):
     branch: str = ALL
     heads: int | Iterable[int] | None = field(default=None, kw_only=True)
     samples: int | Iterable[int] | None = field(default=None, kw_only=True)
+    tokens: int | Iterable[int] | None = field(default=None, kw_only=True)
+    mask: torch.Tensor | None = field(default=None, kw_only=True, repr=False, compare=False)
+    strength: float = field(default=1.0, kw_only=True)
 
     def __post_init__(self) -> None:
         self._check_site()
         object.__setattr__(self, "steps", normal(self.steps))
         if not isinstance(self.branch, str) or not self.branch:
             raise InputError(f"branch={self.branch!r} is not a branch. Give 'all', 'cond' or 'uncond'.")
-        if self.samples is not None:
-            object.__setattr__(self, "samples", _numbers("samples", self.samples))
-        if self.heads is not None:
-            object.__setattr__(self, "heads", _numbers("heads", self.heads))
+        for name in ("samples", "heads", "tokens"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, numbers(name, getattr(self, name)))
+        check_number("strength", self.strength)
+        if self.mask is not None:
+            check_mask(self.mask, "mask")
 
     def _check_site(self) -> None:
         site = Site.parse(self.site)
@@ -73,20 +88,57 @@ class Intervention(ABC):
         for branch, rows in parts:
             # Written into a clone, so that strides, and with them the kernels downstream, stay the same.
             part = changed[rows]
-            if self.samples is None:
-                changed[rows] = self._of_heads(site, part, row, branch)
-            else:
-                chosen = row.rows_of(self.samples, len(part))  # type: ignore[arg-type]
-                part[chosen] = self._of_heads(site, part[chosen], row, branch)
+            chosen = slice(None) if self.samples is None else row.rows_of(self.samples, len(part))  # type: ignore[arg-type]
+            part[chosen] = self._changed(site, part[chosen], row, branch)
         return changed
 
-    def _of_heads(self, site: Site, value: torch.Tensor, row: Row, branch: str) -> torch.Tensor:
-        """Return the new value, where heads were chosen of these alone."""
-        if self.heads is None:
-            return self.new_value(site, value, row, branch)
-        chosen, changed = check_heads(self.heads, value.shape[1], site=str(site)), value.clone()
-        changed[:, chosen] = self.new_value(site, value[:, chosen], row, branch)
-        return changed
+    def place(
+        self, site: Site, value: torch.Tensor, tokens: int | Iterable[int] | None = None
+    ) -> tuple[Any, ...]:
+        """Return where in the rows of a value the change is made, as an index of it.
+
+        Args:
+            site: where the value passes.
+            value: ``(rows, ...)``.
+            tokens: which places, if not the intervention's own.
+
+        Raises:
+            InputError: the value has no such head, or no such place of a sequence.
+        """
+        by_head = site.port in _BY_HEAD
+        heads = None if self.heads is None else check_heads(self.heads, value.shape[1], site=str(site))
+        asked = self.tokens if tokens is None else tokens
+        if asked is None:
+            return (slice(None),) if heads is None else (slice(None), heads)
+        if not by_head and value.ndim != 3:
+            raise InputError(
+                f"{site} has values of {describe(value)}, which are no sequence, so tokens={asked} chooses "
+                "nothing. Take a site whose values are (batch, tokens, width), or a mask for a picture."
+            )
+        places = numbered(asked, value.shape[2 if by_head else 1], what="places", site=str(site))
+        if not by_head:
+            return (slice(None), places)
+        return (slice(None), slice(None) if heads is None else torch.tensor(heads)[:, None], places)
+
+    def _changed(self, site: Site, value: torch.Tensor, row: Row, branch: str) -> torch.Tensor:
+        """Return one branch's rows with the change, where and as far as it is asked for."""
+        if self.heads is None and self.tokens is None:
+            new = self.new_value(site, value, row, branch)
+        else:
+            place, new = self.place(site, value), value.clone()
+            new[place] = self.new_value(site, value[place], row, branch)
+        if self.strength != 1:
+            new = value + self.strength * (new - value)
+        if self.mask is not None:
+            share = spread(self.mask, value, site=str(site))
+            new = torch.where(share == 1, new, value + share * (new - value))
+        if not torch.isfinite(new).all() and torch.isfinite(value).all():
+            raise NotFiniteError(
+                f"{type(self).__name__} at {site} makes values that are not finite, in step {row.step}, "
+                f"branch {branch!r}; it was handed {describe(value)} of finite ones. Look at its strength, "
+                "factor or module."
+            )
+        return new
 
     @abstractmethod
     def new_value(self, site: Site, value: torch.Tensor, row: Row, branch: str) -> torch.Tensor:
@@ -99,17 +151,76 @@ def check_heads(heads: int | Iterable[int], count: int, *, site: str) -> list[in
     Raises:
         InputError: it has no such head.
     """
-    chosen = list(heads) if isinstance(heads, Iterable) else [heads]
-    for head in chosen:
-        if not -count <= head < count:
-            raise InputError(f"{site} has {count} heads (0 to {count - 1}); {head} is none of them.")
-    found = [head % count for head in chosen]
+    return numbered(heads, count, what="heads", site=site)
+
+
+def numbered(asked: int | Iterable[int], count: int, *, what: str, site: str) -> list[int]:
+    """Return numbers of ``count`` things at a site, counted from 0.
+
+    Raises:
+        InputError: one is not there, or is named twice.
+    """
+    chosen = list(asked) if isinstance(asked, Iterable) else [asked]
+    for each in chosen:
+        if not -count <= each < count:
+            raise InputError(f"{site} has {count} {what} (0 to {count - 1}); {each} is none of them.")
+    found = [each % count for each in chosen]
     if len(set(found)) < len(found):
-        raise InputError(f"heads={chosen} names a head of {site} twice.")
+        raise InputError(f"{what}={chosen} names one of {site} twice.")
     return found
 
 
-def _numbers(name: str, asked: int | Iterable[int]) -> tuple[int, ...]:
+def check_number(name: str, value: object) -> None:
+    """Refuse what is no finite number.
+
+    Raises:
+        InputError: with the name and what was given.
+    """
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        raise InputError(f"{name}={value!r} is no finite number.")
+
+
+def check_mask(mask: object, name: str) -> None:
+    """Refuse what says nothing about places of a picture.
+
+    Raises:
+        InputError: it is no tensor of ``(rows, columns)``, or goes beyond 0 and 1.
+    """
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or not mask.numel():
+        raise InputError(f"{name} is a tensor of weights, (rows, columns), of the whole picture.")
+    if not bool(((mask >= 0) & (mask <= 1)).all()):
+        raise InputError(f"The weights of {name} go from 0 to 1; these go from {mask.min()} to {mask.max()}.")
+
+
+def spread(mask: torch.Tensor, value: torch.Tensor, *, site: str) -> torch.Tensor:
+    """Return a mask of the picture at the size that a value has, so that the two can be multiplied.
+
+    Args:
+        mask: ``(rows, columns)``, in [0, 1].
+        value: ``(batch, channels, rows, columns)``, the same with frames before the rows, ``(batch, places,
+            width)`` or ``(batch, heads, places, width)`` with the places of the picture row by row.
+        site: named where it does not fit.
+
+    Raises:
+        InputError: the value is no picture.
+    """
+    by_head = Site.parse(site).port in _BY_HEAD
+    if value.ndim == 3 or by_head:
+        shape = grid(value.shape[-2], mask.shape[1], mask.shape[0])
+        if shape is None:
+            raise InputError(f"The {value.shape[-2]} places of {site} form no picture like the mask's.")
+        return resize(mask.float(), shape).flatten()[:, None].to(value.device, value.dtype)
+    if value.ndim < 4:
+        raise InputError(f"{site} has values of {describe(value)}, which are no picture for a mask.")
+    return resize(mask.float(), tuple(value.shape[-2:])).to(value.device, value.dtype)
+
+
+def numbers(name: str, asked: int | Iterable[int]) -> tuple[int, ...]:
+    """Return a choice of numbers as a tuple.
+
+    Raises:
+        InputError: it is none, is empty, or names one twice.
+    """
     try:
         chosen = tuple(operator.index(each) for each in (asked if isinstance(asked, Iterable) else (asked,)))
     except TypeError:

@@ -5,12 +5,13 @@ Vig et al. 2020 (arXiv:2004.12265); Meng et al. 2022 (arXiv:2202.05262).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 
 from workbench.errors import InputError, ShapeError
-from workbench.interventions.intervention import Intervention, check_heads
+from workbench.interventions.intervention import Intervention, numbers
 from workbench.tracing.ledger import ALL, GUIDED, Row
 from workbench.tracing.record import Record
 from workbench.tracing.sites import Site
@@ -26,9 +27,17 @@ class Patch(Intervention):
 
     Attributes:
         source: the run the activations come from; it must have captured the site.
+        from_site: where in the source they come from; None is the same place.
+        from_step: the step of the source whose activations go into every step, in its first call; None is
+            the same step.
+        from_tokens: which places of the source's sequence go into ``tokens``, one for each or one for all;
+            None is the same places.
     """
 
     source: Record = field(kw_only=True, repr=False)
+    from_site: str | None = field(default=None, kw_only=True)
+    from_step: int | None = field(default=None, kw_only=True)
+    from_tokens: int | Iterable[int] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         """Check that the source can give what will be asked."""
@@ -38,21 +47,34 @@ class Patch(Intervention):
                 f"source={type(self.source).__name__} is no record. Make one: "
                 f"source = model.record(prompt, capture=[{self.site!r}])"
             )
-        if all(passage.call is None for passage in self.source.passages(self.site)):
+        if all(passage.call is None for passage in self.source.passages(self._origin)):
             raise InputError(
-                f"{self.site} passes outside the steps, where a patch by step cannot reach it. "
+                f"{self._origin} passes outside the steps, where a patch by step cannot reach it. "
                 "Replace its value in a block: with model.generate(prompt) as run: …"
             )
-        for step in self.steps if isinstance(self.steps, tuple) else ():
+        for step in self.steps if isinstance(self.steps, tuple) and self.from_step is None else ():
             self.source.ledger.at(step)
+        if self.from_step is not None:
+            self.source.ledger.at(self.from_step)
+        if self.from_tokens is not None:
+            if self.tokens is None:
+                raise InputError(f"from_tokens={self.from_tokens!r} needs tokens: where they go.")
+            object.__setattr__(self, "from_tokens", numbers("from_tokens", self.from_tokens))
         self.source.ledger.check_branch(self.branch)
 
+    @property
+    def _origin(self) -> str:
+        return self.site if self.from_site is None else self.from_site
+
     def new_value(self, site: Site, value: torch.Tensor, row: Row, branch: str) -> torch.Tensor:
-        """Return the source's activation at the same step and branch, ``(rows, ...)``."""
-        nth = nth_call(self.source, row, branch)
-        found = self._for_samples(self.source.at(site, step=row.step, branch=branch, nth=nth), value, row)
-        if self.heads is not None:
-            found = found[:, check_heads(self.heads, found.shape[1], site=str(site))]
+        """Return the source's activation of the step and branch, ``(rows, ...)``."""
+        step = row.step if self.from_step is None else self.from_step
+        nth = nth_call(self.source, row, branch) if self.from_step is None else 0
+        found = self._for_samples(self.source.at(self._origin, step=step, branch=branch, nth=nth), value, row)
+        origin = Site.parse(self._origin)
+        found = found[self.place(origin, found, self.from_tokens)]
+        if isinstance(self.from_tokens, tuple) and len(self.from_tokens) == 1:
+            found = found.expand_as(value)
         if found.shape != value.shape:
             raise ShapeError(
                 f"At {site}, step {row.step}, the source has {describe(found)} and the target "

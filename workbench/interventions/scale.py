@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from workbench.errors import InputError
-from workbench.interventions.intervention import Intervention
+from workbench.errors import InputError, UnknownNameError, nearest
+from workbench.interventions.intervention import Intervention, check_number
+from workbench.interventions.patch import Patch
 from workbench.tracing.ledger import Row
+from workbench.tracing.record import Record
 from workbench.tracing.sites import Site
 
 
@@ -26,8 +28,7 @@ class Scale(Intervention):
     def __post_init__(self) -> None:
         """Check that the factor is a number."""
         super().__post_init__()
-        if not isinstance(self.factor, (int, float)) or not math.isfinite(self.factor):
-            raise InputError(f"factor={self.factor!r} is no number to multiply by.")
+        check_number("factor", self.factor)
 
     def new_value(self, site: Site, value: torch.Tensor, row: Row, branch: str) -> torch.Tensor:  # noqa: ARG002
         """Return the multiplied value, ``(rows, ...)``."""
@@ -36,12 +37,58 @@ class Scale(Intervention):
 
 @dataclass(frozen=True)
 class Ablate(Intervention):
-    """Put zeros in place of an activation: what then goes missing depended on it.
+    """Take away what an activation says: what then goes missing depended on it.
 
-    A zero is not what the model is used to seeing there; a patch from another run, or a control of the same
-    size, tells how much of what happens is due to that.
+    A zero is not what the model is used to seeing there. A mean over other runs is, and so is what one of
+    them has (Chan et al., 2022, causal scrubbing, call that resampling); noise of the same mean and
+    deviation is the control for both.
+
+    Attributes:
+        how: ``"zero"``; ``"mean"``, of the references, at the same step and branch; ``"resample"``, one of
+            them, drawn by the seed; ``"noise"``, normal, with the mean and deviation of each row.
+        references: the runs to take a mean of or to draw from; they must have captured the site.
+        seed: of what is drawn.
     """
 
-    def new_value(self, site: Site, value: torch.Tensor, row: Row, branch: str) -> torch.Tensor:  # noqa: ARG002
-        """Return zeros, ``(rows, ...)``."""
-        return torch.zeros_like(value)
+    how: str = field(default="zero", kw_only=True)
+    references: Sequence[Record] = field(default=(), kw_only=True, repr=False)
+    seed: int = field(default=0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Check that there is what it needs."""
+        super().__post_init__()
+        if self.how not in HOW:
+            raise UnknownNameError(f"how={self.how!r} is no way to ablate.{nearest(self.how, HOW)}")
+        object.__setattr__(self, "references", tuple(self.references))
+        if (self.how in ("mean", "resample")) != bool(self.references):
+            raise InputError(
+                f"how={self.how!r} with {len(self.references)} references: 'mean' and 'resample' take some, "
+                "runs that captured the site, and the others none."
+            )
+        for each in self.references:
+            self._from(each)
+
+    def new_value(self, site: Site, value: torch.Tensor, row: Row, branch: str) -> torch.Tensor:
+        """Return what stands for nothing, ``(rows, ...)``."""
+        if self.how == "zero":
+            return torch.zeros_like(value)
+        drawn = torch.Generator("cpu").manual_seed(self.seed * 1_000_003 + row.call)
+        if self.how == "noise":
+            noise = torch.randn(value.shape, generator=drawn).to(value.device, value.dtype)
+            over = tuple(range(1, value.ndim))
+            return value.mean(over, keepdim=True) + noise * value.std(over, keepdim=True)
+        if self.how == "resample":
+            # One for the whole run: what two steps have of two runs belongs to no run.
+            chosen = torch.Generator("cpu").manual_seed(self.seed)
+            number = int(torch.randint(len(self.references), (), generator=chosen))
+            return self._from(self.references[number]).new_value(site, value, row, branch)
+        found = [self._from(each).new_value(site, value, row, branch) for each in self.references]
+        return torch.stack(found).mean(0)
+
+    def _from(self, reference: Record) -> Patch:
+        where = {name: getattr(self, name) for name in ("heads", "samples", "tokens")}
+        return Patch(self.site, self.steps, self.branch, **where, source=reference)
+
+
+HOW = ("zero", "mean", "resample", "noise")
+"""Ways to ablate."""
