@@ -9,7 +9,8 @@ import pytest
 from tests import tiny
 from tests.watching import as_bytes
 from workbench.errors import InputError, WorkbenchError
-from workbench.experiments.experiment import Experiment, PatchSpec, defaults
+from workbench.experiments.changes import PatchSpec
+from workbench.experiments.experiment import FORMAT, Experiment, defaults
 from workbench.interventions.patch import Patch
 from workbench.models.model import DiffusionModel
 
@@ -21,7 +22,7 @@ PATCHED = Experiment(
     num_inference_steps=4,
     guidance_scale=2.5,
     arguments={"height": 16, "width": 16, "negative_prompt": None},
-    patches=(
+    interventions=(
         PatchSpec(site="unet.mid_block", steps=(0, 2), branch="cond"),
         PatchSpec(site="unet.down_blocks.0:output[0]"),
     ),
@@ -31,24 +32,36 @@ PATCHED = Experiment(
 def test_file_gives_back_the_experiment(tmp_path):
     written = PATCHED.save(tmp_path / "experiment.json")
     assert Experiment.load(written) == PATCHED
-    assert json.loads(written.read_text(encoding="utf-8"))["format"] == 1
+    assert json.loads(written.read_text(encoding="utf-8"))["format"] == FORMAT
+
+
+def test_a_file_of_the_first_format_is_read_and_one_of_a_later_is_not(tmp_path):
+    first = json.loads(PATCHED.model_dump_json())
+    first |= {"format": 1, "patches": first.pop("interventions")}
+    for added in ("forks", "revision", "weights", "source_model"):
+        del first[added]
+    (tmp_path / "first.json").write_text(json.dumps(first))
+    assert Experiment.load(tmp_path / "first.json") == PATCHED
+    (tmp_path / "later.json").write_text(json.dumps({"format": 99, "unheard": "of"}))
+    with pytest.raises(InputError, match="format 99, which a later version"):
+        Experiment.load(tmp_path / "later.json")
 
 
 @pytest.mark.parametrize(
     "change",
     [
         {"sauce": 1},
-        {"format": 2},
+        {"format": FORMAT + 1},
         {"num_inference_steps": 0},
         {"source_from": -1},
         {"source_from": 4},
         {"guidance_scale": "high"},
         {"source": None},
-        {"patches": [{"kind": "patch", "site": "unet.mid_block", "stpes": [1]}]},
-        {"patches": [{"kind": "ablate", "site": "unet.mid_block"}]},
-        {"patches": [{"site": "unet.mid_block", "steps": []}]},
-        {"patches": [{"site": "os.system('true')"}]},
-        {"patches": [{"site": "unet.mid_block:nowhere"}]},
+        {"interventions": [{"kind": "patch", "site": "unet.mid_block", "stpes": [1]}]},
+        {"interventions": [{"kind": "abblate", "site": "unet.mid_block"}]},
+        {"interventions": [{"site": "unet.mid_block", "steps": []}]},
+        {"interventions": [{"site": "os.system('true')"}]},
+        {"interventions": [{"site": "unet.mid_block:nowhere"}]},
     ],
 )
 def test_file_that_holds_something_else_is_refused(tmp_path, change):
@@ -77,7 +90,7 @@ def test_settings_leave_out_what_is_the_pipelines_own():
 
 
 def test_sites_are_captured_once():
-    twice = PATCHED.model_copy(update={"patches": (PATCHED.patches[0], PATCHED.patches[0])})
+    twice = PATCHED.model_copy(update={"interventions": (PATCHED.interventions[0], PATCHED.interventions[0])})
     assert twice.captures() == ("unet.mid_block",)
 
 
@@ -86,7 +99,7 @@ def test_sites_are_captured_once():
 )
 def test_first_patched_step(chosen, first):
     patches = tuple(PatchSpec(site="unet.mid_block", steps=steps) for steps in chosen)
-    assert PATCHED.model_copy(update={"patches": patches}).first_step(4) == first
+    assert PATCHED.model_copy(update={"interventions": patches}).first_step(4) == first
 
 
 def test_run_is_the_three_runs_by_hand():
@@ -97,7 +110,7 @@ def test_run_is_the_three_runs_by_hand():
         target="a blue square",
         seed=2,
         num_inference_steps=3,
-        patches=(PatchSpec(site=site, steps=(1, 2), branch="cond"),),
+        interventions=(PatchSpec(site=site, steps=(1, 2), branch="cond"),),
     )
     outcome = experiment.run(model)
     settings = {"seed": 2, "num_inference_steps": 3}
@@ -108,7 +121,7 @@ def test_run_is_the_three_runs_by_hand():
     assert as_bytes(outcome.patched.images) == as_bytes(patched.images)
     assert as_bytes(outcome.patched.images) != as_bytes(outcome.target.images)
     assert outcome.patched.spec.forked_at == 1
-    plain = experiment.model_copy(update={"patches": ()}).run(model)
+    plain = experiment.model_copy(update={"interventions": ()}).run(model)
     assert plain.patched is None
     assert as_bytes(plain.target.images) == as_bytes(outcome.target.images)
 
@@ -120,7 +133,7 @@ LEAVING = Experiment(
     seed=2,
     num_inference_steps=4,
     source_from=2,
-    patches=(PatchSpec(site=SITE, branch="cond"),),
+    interventions=(PatchSpec(site=SITE, branch="cond"),),
 )
 
 
@@ -139,7 +152,7 @@ def test_source_that_leaves_the_targets_run_is_a_fork_of_it():
 
 def test_patch_before_the_source_leaves_changes_nothing():
     model = DiffusionModel(tiny.sd1())
-    early = LEAVING.model_copy(update={"patches": (PatchSpec(site=SITE, steps=(0, 1)),)})
+    early = LEAVING.model_copy(update={"interventions": (PatchSpec(site=SITE, steps=(0, 1)),)})
     outcome = early.run(model)
     assert early.acting(4) == []
     assert as_bytes(outcome.patched.images) == as_bytes(outcome.target.images)
@@ -149,15 +162,15 @@ def test_patch_before_the_source_leaves_changes_nothing():
     ("steps", "acting"), [(None, (2, 3)), ((1, 2), (2,)), ((-1,), (-1,)), ((-4, 3), (3,)), ((0,), None)]
 )
 def test_a_patch_acts_from_where_the_source_leaves(steps, acting):
-    patched = LEAVING.model_copy(update={"patches": (PatchSpec(site=SITE, steps=steps),)})
+    patched = LEAVING.model_copy(update={"interventions": (PatchSpec(site=SITE, steps=steps),)})
     assert [patch.steps for patch in patched.acting(4)] == ([] if acting is None else [acting])
-    assert patched.model_copy(update={"source_from": 0}).acting(4) == list(patched.patches)
+    assert patched.model_copy(update={"source_from": 0}).acting(4) == list(patched.interventions)
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"patches": (PatchSpec(site=SITE, steps=(5, 2)),)}, "5 is none of them"),
+        ({"interventions": (PatchSpec(site=SITE, steps=(5, 2)),)}, "5 is none of them"),
         ({"num_inference_steps": None, "source_from": 50}, "50 steps, counted from 0"),
     ],
 )
@@ -170,7 +183,7 @@ def test_steps_that_the_runs_do_not_have_are_refused_also_where_the_source_leave
 def test_step_the_run_does_not_have_is_refused():
     model = DiffusionModel(tiny.sd1())
     patches = (PatchSpec(site="unet.mid_block", steps=(5,)),)
-    experiment = Experiment(source="a", target="a red", num_inference_steps=2, patches=patches)
+    experiment = Experiment(source="a", target="a red", num_inference_steps=2, interventions=patches)
     with pytest.raises(WorkbenchError, match="5 is none of them"):
         experiment.run(model)
 

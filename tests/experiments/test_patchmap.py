@@ -8,7 +8,8 @@ import pytest
 from tests import tiny
 from tests.watching import as_bytes, forwards_of
 from workbench.errors import InputError, RunStopped
-from workbench.experiments.experiment import Experiment, PatchSpec
+from workbench.experiments.changes import PatchSpec
+from workbench.experiments.experiment import Experiment
 from workbench.experiments.metrics import difference, towards
 from workbench.experiments.patchmap import PatchMap
 from workbench.interventions.patch import Patch
@@ -66,7 +67,7 @@ def test_cell_is_a_whole_run_with_the_patch_to_the_byte(runs, made):
     assert made.values[0, 2] == np.float32(cell.towards)
     assert np.isfinite(made.values).sum() == 1
     assert (0, 2) not in made.missing()
-    assert cell.experiment.patches == (made.patch_of(0, 2),)
+    assert cell.experiment.interventions == (made.patch_of(0, 2),)
 
 
 def test_cell_computes_only_its_tail(runs, made):

@@ -15,8 +15,10 @@ from PIL import Image
 
 from tests import tiny
 from workbench.errors import InputError
-from workbench.experiments.experiment import Experiment, Outcome, PatchSpec
-from workbench.experiments.scripts import standalone_code, workbench_code
+from workbench.experiments.changes import AblateSpec, PatchSpec, ScaleSpec, SteerSpec, TurnSpec
+from workbench.experiments.experiment import Experiment, Outcome
+from workbench.experiments.scripts import workbench_code
+from workbench.experiments.standalone import standalone_code
 from workbench.models.model import DiffusionModel
 from workbench.tracing.sites import Site
 
@@ -40,7 +42,9 @@ class Script:
 
 
 # Of each: the pipeline, its arguments, the patches, and the step at which the source leaves the target's run.
-CASES: dict[str, tuple[Any, dict[str, Any], tuple[PatchSpec, ...], int]] = {
+MASK = ((0.0, 1.0), (0.5, 1.0))
+HIDDEN = "unet.mid_block.attentions.0.transformer_blocks.0"
+CASES: dict[str, tuple[Any, dict[str, Any], tuple[Any, ...], int]] = {
     "sd1": (
         tiny.sd1,
         {},
@@ -59,6 +63,45 @@ CASES: dict[str, tuple[Any, dict[str, Any], tuple[PatchSpec, ...], int]] = {
             PatchSpec(site="unet.down_blocks.0:output[0]", branch="cond"),
         ),
         1,
+    ),
+    "sd1 ablated": (
+        tiny.sd1,
+        {"guidance_scale": 3.0},
+        (
+            AblateSpec(site="unet.mid_block", steps=(0,), mask=MASK),
+            AblateSpec(site="unet.down_blocks.0.resnets.0", how="noise", seed=4, branch="cond"),
+            AblateSpec(site=HIDDEN, how="mean", references=("a cross", "a square"), steps=(1, 2)),
+            AblateSpec(site="unet.up_blocks.0.resnets.0", how="resample", references=("a cross", "a dot")),
+        ),
+        0,
+    ),
+    "sd1 steered": (
+        tiny.sd1,
+        {},
+        (
+            SteerSpec(
+                site="unet.mid_block", pairs=(("a red cross", "a cross"),), branch="cond", strength=2.0
+            ),
+            SteerSpec(
+                site=HIDDEN,
+                pairs=(("a red cross", "a cross"), ("a red dot", "a dot")),
+                method="pca",
+                steps=(1,),
+            ),
+            ScaleSpec(site=f"{HIDDEN}.attn2.to_v", words=("circle",), factor=3.0, branch="cond"),
+            PatchSpec(site=f"{HIDDEN}.attn2.to_k", words=("blue",), from_words=("red",), strength=0.5),
+        ),
+        0,
+    ),
+    "sd1 turning": (
+        tiny.sd1,
+        {"guidance_scale": 4.0},
+        (
+            PatchSpec(site="unet.mid_block", from_step=0, branch="cond", tokens=None),
+            TurnSpec(step=1, prompt="a green dot"),
+            TurnSpec(step=2, guidance_scale=9.0),
+        ),
+        0,
     ),
     "sd3": (
         tiny.sd3,
@@ -123,7 +166,7 @@ def scripts(tmp_path_factory):
             seed=3,
             num_inference_steps=3,
             arguments=arguments,
-            patches=patches,
+            interventions=patches,
             source_from=source_from,
         )
         outcome = experiment.run(DiffusionModel(str(folder / name)))
@@ -150,14 +193,15 @@ def test_standalone_script_makes_the_same_bytes(scripts, name):
     assert picture.tobytes() != outcome.source.images[0].tobytes()
 
 
-@pytest.mark.parametrize("name", ["sd1", "sd1 leaving"])
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("sd1")])
 def test_workbench_code_makes_the_same_bytes(scripts, tmp_path, name):
     outcome = scripts[name].outcome
     run_python(
         "import sys\n"
         "names = {}\n"
         "exec(compile(sys.argv[1], 'exported', 'exec'), names)\n"
-        "names['patched'].images[0].save(sys.argv[2])\n",
+        "patched = names['patched'] if 'patched' in names else names['outcome'].patched\n"
+        "patched.images[0].save(sys.argv[2])\n",
         workbench_code(outcome.experiment),
         tmp_path / "image.png",
     )
@@ -191,17 +235,17 @@ def test_prompt_stays_a_string_whatever_it_holds(scripts, prompt, kind):
 
 def test_without_patches_the_script_is_the_target_alone(scripts):
     outcome = scripts["sd1"].outcome
-    plain = outcome.experiment.model_copy(update={"patches": ()})
+    plain = outcome.experiment.model_copy(update={"interventions": ()})
     code = standalone_code(plain, outcome.source, outcome.target)
     assert "generate(**TARGET).save(options.out)" in code
-    assert "PATCHES" not in code
+    assert "CHANGES" not in code
     assert workbench_code(plain).endswith("target.images[0]\n")
     ast.parse(code)
 
 
 def test_model_made_in_memory_cannot_be_exported_alone():
     experiment = Experiment(
-        source="a", target="a red", num_inference_steps=1, patches=(PatchSpec(site="unet.mid_block"),)
+        source="a", target="a red", num_inference_steps=1, interventions=(PatchSpec(site="unet.mid_block"),)
     )
     outcome = experiment.run(DiffusionModel(tiny.sd1()))
     with pytest.raises(InputError, match="save_pretrained"):
@@ -221,7 +265,7 @@ def test_a_site_that_plain_hooks_do_not_reach_is_not_exported_alone(site):
         source="a red circle",
         target="a blue circle",
         num_inference_steps=2,
-        patches=(PatchSpec(site=site, steps=(1,)),),
+        interventions=(PatchSpec(site=site, steps=(1,)),),
     )
     with pytest.raises(InputError, match="format='workbench'"):
         standalone_code(experiment, source, target)

@@ -3,7 +3,8 @@
 import pytest
 from PIL import Image
 
-from workbench.experiments.experiment import Experiment, PatchSpec
+from workbench.experiments.changes import PatchSpec
+from workbench.experiments.experiment import Experiment
 from workbench.models.model import DiffusionModel
 from workbench.truth.__main__ import ELSEWHERE, PATCH, STEPS
 from workbench.truth.patching import Rates, colour_rates, has_colour
@@ -17,7 +18,7 @@ def rates_of(patch, elsewhere, **asked):
         target="a blue circle",
         num_inference_steps=20,
         guidance_scale=3.0,
-        patches=(patch,),
+        interventions=(patch,),
         **asked,
     )
     model = DiffusionModel("shapes-unet")

@@ -133,7 +133,7 @@ def test_run_fills_the_views_and_patch_changes_the_image(name):
         assert [lane["label"] for lane in bench.scrubber.lanes] == ["source", "target", "patched"]
         assert f"{site!r}, source=source" in " ".join(bench.code.code.split())
         patch = Patch(site, source=bench.source, steps=range(1, 3), branch="cond")
-        assert cell.experiment.patches[0].steps == (1, 2)
+        assert cell.experiment.interventions[0].steps == (1, 2)
         whole = bench.model.record("a blue circle", interventions=[patch], **settings)
         assert as_bytes(whole.images) == as_bytes(bench.patched.images)
 
@@ -149,7 +149,7 @@ def test_front_end_runs_patches_and_chooses_windows():
         front_end(bench.map, kind="window", value="from here")
         front_end(bench.map, kind="cell", row=bench.map.sites.index(SITE), column=1)
         until(lambda: bench.patched is not None and bench.controls.status == "done")
-        assert bench.experiment.patches[0].steps == (1, 2)
+        assert bench.experiment.interventions[0].steps == (1, 2)
 
 
 def test_source_leaves_the_targets_run_where_asked():

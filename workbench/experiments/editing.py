@@ -6,7 +6,6 @@ for the first steps, that of the image to itself for fewer.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
@@ -19,8 +18,9 @@ from torch.nn import functional
 from workbench.attention.geometry import is_attention
 from workbench.attention.maps import AttentionMaps, resize
 from workbench.attention.request import Attention
-from workbench.attention.words import Reading, laid_out
+from workbench.attention.words import laid_out
 from workbench.errors import InputError
+from workbench.experiments.texts import readings
 from workbench.interventions.attention import InjectAttention, Reweight
 from workbench.interventions.intervention import Intervention
 from workbench.models.model import DiffusionModel
@@ -174,19 +174,14 @@ def _correspondence(
     """Return `align` of two prompts along the text as attention sees it, ``(length, length)``."""
     before = arguments["prompt"]
     before = before if isinstance(before, str) else before[0]
-    own = inspect.signature(model.pipeline).parameters.get("max_sequence_length")
-    limit = arguments.get("max_sequence_length", None if own is None else own.default)
-    readings = [
-        [Reading(each.ids, name) for name, each in model.words(prompt, max_sequence_length=limit).items()]
-        for prompt in (before, after)
-    ]
-    laid = laid_out(readings[0], length)
+    read = [readings(model, prompt, arguments) for prompt in (before, after)]
+    laid = laid_out(read[0], length)
     if laid is None:
         raise InputError(
             f"Attention sees {length} tokens of text, which none of this model's tokenizers make, so it is "
             "not known which correspond. Use cross=0, or wb.InjectAttention with an alignment of your own."
         )
-    chosen = [next(each for each in readings[1] if each.tokenizer == part.tokenizer) for part in laid]
+    chosen = [next(each for each in read[1] if each.tokenizer == part.tokenizer) for part in laid]
     parts = [align(old.ids, new.ids) for old, new in zip(laid, chosen, strict=True)]
     whole: torch.Tensor = torch.block_diag(*parts)  # type: ignore[no-untyped-call]
     return whole

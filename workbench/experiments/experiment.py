@@ -3,69 +3,61 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    JsonValue,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from workbench import zoo
-from workbench.errors import InputError, UnknownNameError
-from workbench.interventions.patch import Patch
+from workbench.attention.words import find, words_of
+from workbench.errors import InputError
+from workbench.experiments.changes import AnySpec, TurnSpec, check_order
+from workbench.experiments.texts import readings
+from workbench.interventions.intervention import Intervention
 from workbench.models.asked import Captured
+from workbench.models.hashing import weights_hash
 from workbench.models.model import DiffusionModel
 from workbench.tracing.record import Record
 from workbench.tracing.session import Listener
-from workbench.tracing.sites import Site
+
+FORMAT = 2
+"""The version of what an experiment is saved as."""
+
+_LARGEST = 16 << 20
+_SAID = 5
+_TURN = {"step", "prompt", "guidance_scale", "arguments"}
 
 
-class PatchSpec(BaseModel):
-    """Which activations go from the source's run into the target's.
+class Fork(TurnSpec):
+    """A branch that leaves a run: from its step on with other arguments, further interventions, or both.
 
     Attributes:
-        site: where.
-        steps: which steps, each a number; None is every step.
-        branch: which guidance branch.
+        interventions: acting from the step on, after those of the run it leaves.
+        forks: branches that leave this one.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: Literal["fork"] = "fork"  # type: ignore[assignment]
+    interventions: tuple[AnySpec, ...] = ()
+    forks: tuple[Fork, ...] = ()
 
-    kind: Literal["patch"] = "patch"
-    site: str
-    steps: tuple[int, ...] | None = None
-    branch: str = "all"
-
-    @field_validator("site")
-    @classmethod
-    def _spelled(cls, site: str) -> str:
-        try:
-            return str(Site.parse(site))
-        except UnknownNameError as error:
-            # Only a ValueError is gathered with what else is wrong.
-            raise ValueError(str(error)) from error
-
-    @field_validator("steps")
-    @classmethod
-    def _some(cls, steps: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        if steps is not None and not steps:
-            raise ValueError("an empty choice of steps would do nothing; leave it out for every step")
-        return steps
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if not self.changes() and not self.interventions:
+            raise ValueError("a fork changes something: prompt, guidance_scale, arguments or interventions")
+        return self
 
 
 class Experiment(BaseModel):
-    """Two prompts, the settings of both runs, and the patches between them.
+    """Two prompts, the settings of both runs, and what is changed in the target's.
 
     Attributes:
         format: the version of this format.
         model: a zoo name, a folder or a Hub id.
+        revision: of a Hub id.
+        weights: the hash of the weights, see `pinned`; None takes any.
+        source_model: the model of the source, if it is another one of the same shape: a fine-tuned one, say.
         source: the prompt whose run the activations come from; None where the model takes no prompt.
         target: the prompt whose run they go into; None likewise.
         seed: noise seed of both.
@@ -74,15 +66,19 @@ class Experiment(BaseModel):
         guidance_scale: guidance of both; None is the pipeline's own default.
         arguments: further pipeline arguments of both.
         source_from: the step at which the source leaves the target's run. 0 is a source with a run of its
-            own; later, both are one run up to there, so that the images have one layout, and patches act
-            from there on.
-        patches: what goes from one run into the other; none is the two plain runs.
+            own; later, both are one run up to there, so that the images have one layout, and what is taken
+            from the source acts from there on.
+        interventions: what is changed in the target's run, in this order; none is the two plain runs.
+        forks: branches that leave the changed run.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     model: str = ""
+    revision: str | None = None
+    weights: str | None = Field(default=None, pattern=r"^sha256:[0-9a-f]{64}$")
+    source_model: str | None = None
     source: str | None = None
     target: str | None = None
     seed: int = 0
@@ -91,7 +87,37 @@ class Experiment(BaseModel):
     guidance_scale: float | None = Field(default=None, allow_inf_nan=False)
     arguments: dict[str, JsonValue] = Field(default_factory=dict)
     source_from: int = Field(default=0, ge=0)
-    patches: tuple[PatchSpec, ...] = ()
+    interventions: tuple[AnySpec, ...] = ()
+    forks: tuple[Fork, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_any_format(cls, given: Any) -> Any:
+        """Read what earlier versions wrote, and say so of what a later one did."""
+        if not isinstance(given, dict):
+            return given
+        told = given.get("format", FORMAT)
+        if isinstance(told, int) and told > FORMAT:
+            raise ValueError(
+                f"it is of format {told}, which a later version of the workbench wrote; this one reads up to "
+                f"{FORMAT}"
+            )
+        if told == 1 and "interventions" not in given:
+            renamed = {("interventions" if name == "patches" else name): each for name, each in given.items()}
+            return {**renamed, "format": FORMAT}
+        return given
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        check_order(self.interventions)
+        _check_forks(self.forks, self.interventions)
+        return self
+
+    @model_validator(mode="after")
+    def _one_run(self) -> Self:
+        if self.source_from and self.source_model is not None:
+            raise ValueError("a source that leaves the target's run is of the same model; leave one out")
+        return self
 
     @model_validator(mode="after")
     def _leaves_in_time(self) -> Self:
@@ -125,8 +151,12 @@ class Experiment(BaseModel):
             InputError: the file is no experiment; the message lists what is wrong with it.
         """
         try:
+            if Path(path).stat().st_size > _LARGEST:
+                raise InputError(f"{path} is no experiment: it has more than {_LARGEST >> 20} MiB.")
             return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValidationError, UnicodeDecodeError) as error:
+        except ValidationError as error:
+            raise InputError(f"{path} is no experiment: {_wrong(error)}.") from None
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{path} is no experiment: {error}") from error
 
     def save(self, path: str | Path) -> Path:
@@ -147,43 +177,59 @@ class Experiment(BaseModel):
         apart = seeds[0] != seeds[1]
         return (_label(self.source, seeds[0], apart), _label(self.target, seeds[1], apart))
 
+    def pinned(self, model: DiffusionModel) -> Self:
+        """Return the experiment for these very weights: with others it will not run."""
+        return self.model_copy(update={"weights": weights_hash(model)})
+
+    def fork(
+        self,
+        step: int,
+        *,
+        prompt: str | None = None,
+        guidance_scale: float | None = None,
+        interventions: Sequence[Any] = (),
+        **arguments: JsonValue,
+    ) -> Self:
+        """Return the experiment with one branch more, that leaves its changed run.
+
+        Args:
+            step: the first step of the branch.
+            prompt: its own, if it has one.
+            guidance_scale: its own, likewise.
+            interventions: further ones, as data.
+            **arguments: others of the pipeline.
+
+        Raises:
+            InputError: the branch would only repeat the run, or does not fit it.
+        """
+        words = {"prompt": prompt, "guidance_scale": guidance_scale, "arguments": arguments}
+        try:
+            fork = Fork(step=step, interventions=tuple(interventions), **words)  # type: ignore[arg-type]
+            return type(self).model_validate(
+                {**self.model_dump(), "forks": [*self.model_dump()["forks"], fork.model_dump()]}
+            )
+        except ValidationError as error:
+            raise InputError(f"This is no branch of the experiment: {_wrong(error)}.") from None
+
     def captures(self) -> tuple[str, ...]:
         """Return the sites the source's run must keep."""
-        return tuple(dict.fromkeys(patch.site for patch in self.patches))
+        every = [*self.interventions, *(each for fork in _all(self.forks) for each in fork.interventions)]
+        return tuple(dict.fromkeys(site for each in every for site in getattr(each, "captures", ())))
 
-    def patched(self, source: Record) -> list[Patch]:
-        """Return the patches, bound to the source's run."""
-        return [
-            Patch(patch.site, steps=patch.steps, branch=patch.branch, source=source)
-            for patch in self.acting(source.ledger.steps)
-        ]
+    def acting(self, steps: int) -> list[Any]:
+        """Return the interventions as they act in runs of ``steps`` steps.
 
-    def acting(self, steps: int) -> list[PatchSpec]:
-        """Return the patches as they act in runs of ``steps`` steps.
+        Before ``source_from`` there is one run, and what is taken from it into itself changes nothing: those
+        steps, and interventions of no other, are left out.
 
-        Before ``source_from`` there is one run, and a patch from it into itself changes nothing: those steps,
-        and patches of no other, are left out.
+        Raises:
+            InputError: one names a step that the runs have not.
         """
-        if not self.source_from:
-            return list(self.patches)
-        late = range(self.source_from, steps)
-        found = []
-        for patch in self.patches:
-            for step in patch.steps or ():
-                if not -steps <= step < steps:
-                    raise InputError(f"The runs have {steps} steps, counted from 0; {step} is none of them.")
-            chosen = late if patch.steps is None else [s for s in patch.steps if s % steps in late]
-            if chosen:
-                found.append(patch.model_copy(update={"steps": tuple(chosen)}))
-        return found
+        return _acting(self.interventions, steps, self.source_from)
 
     def first_step(self, steps: int) -> int:
-        """Return the first of ``steps`` steps that any patch acts on; ``steps`` if none does."""
-        firsts = [
-            min(s % steps for s in patch.steps) if patch.steps is not None else 0
-            for patch in self.acting(steps)
-        ]
-        return min(firsts, default=steps)
+        """Return the first of ``steps`` steps that anything is changed in; ``steps`` if nothing is."""
+        return _first(self.acting(steps), steps)
 
     def run(
         self,
@@ -192,18 +238,39 @@ class Experiment(BaseModel):
         capture: tuple[Captured, ...] = (),
         listener: Listener | None = None,
     ) -> Outcome:
-        """Run source, target and, if there are patches, the patched target.
+        """Run source, target and, if anything is changed, the changed target and its branches.
 
         Args:
             model: an open model; None opens the one the experiment names.
             capture: further sites and probes to keep, in source and target.
             listener: told how the runs go on.
         """
-        model = DiffusionModel(self.model) if model is None else model
+        model = self.open() if model is None else model
+        self.check_weights(model)
         kept = (*self.captures(), *capture)
-        target = self.run_target(model, capture=kept, listener=listener)
+        target = self.run_target(model, capture=capture if self.source_model else kept, listener=listener)
         source = self.run_source(model, target, capture=kept, listener=listener)
-        return Outcome(self, source, target, self.patch(source, target, listener=listener))
+        changed = self.patch(source, target, listener=listener)
+        branches = self.branches(source, target, changed, listener=listener)
+        return Outcome(self, source, target, changed, branches)
+
+    def open(self) -> DiffusionModel:
+        """Open the model that the experiment names."""
+        pinned: dict[str, Any] = {} if self.revision is None else {"revision": self.revision}
+        return DiffusionModel(self.model, **pinned)
+
+    def check_weights(self, model: DiffusionModel) -> None:
+        """Refuse a model with other weights than the experiment is of, if it says which.
+
+        Raises:
+            InputError: with both hashes.
+        """
+        if self.weights is not None and (found := weights_hash(model)) != self.weights:
+            raise InputError(
+                f"The experiment is of weights {self.weights[:19]}…, and {model.reference or 'this model'} "
+                f"has {found[:19]}…. Open those it is of, or take the model as it is: "
+                "experiment.model_copy(update={'weights': None})."
+            )
 
     def run_target(
         self, model: DiffusionModel, *, capture: tuple[Captured, ...] = (), listener: Listener | None = None
@@ -234,28 +301,183 @@ class Experiment(BaseModel):
             return target.fork(self.source_from, prompt=self.source, capture=capture, listener=listener)
         seed = self.seed if self.source_seed is None else self.source_seed
         settings = {**self.settings(), "seed": seed, "listener": listener}
-        return model.record(self.source, capture=capture, **settings)
+        other = model if self.source_model is None else DiffusionModel(self.source_model)
+        return other.record(self.source, capture=capture, **settings)
 
     def patch(self, source: Record, target: Record, *, listener: Listener | None = None) -> Record | None:
-        """Return the patched run, computed only from the first patched step on; None without patches."""
-        if not self.patches:
+        """Return the changed run, computed only from the first changed step on; None if nothing is."""
+        if not self.interventions:
             return None
-        return target.fork(
-            self.first_step(target.ledger.steps),
-            interventions=self.patched(source),
-            capture=(),
-            listener=listener,
-        )
+        acting = self.acting(target.ledger.steps)
+        return _changed(target, acting, _Runs(self, source, target), [], listener)
+
+    def bound(self, source: Record, target: Record) -> list[Intervention]:
+        """Return the interventions with the runs they need, without turns."""
+        runs = _Runs(self, source, target)
+        acting = self.acting(target.ledger.steps)
+        return [each.bind(runs) for each in acting if not isinstance(each, TurnSpec)]
+
+    def places(self, run: Record, words: Sequence[str]) -> Callable[[int], tuple[int, ...]]:
+        """Return where words of a run's prompt stand, once the length of the sequence is known.
+
+        Raises:
+            InputError: the run has no prompt.
+        """
+        prompt, model = run.spec.arguments.get("prompt"), run.model
+        if not isinstance(prompt, str) or not isinstance(model, DiffusionModel):
+            raise InputError(f"words={list(words)} are of a prompt, and this run has none.")
+        read = readings(model, prompt, run.spec.arguments)
+
+        def found(length: int) -> tuple[int, ...]:
+            known = words_of(read, length, prompt)
+            return tuple(column for word in words for column in find(known, word).columns)
+
+        return found
+
+    def branches(
+        self,
+        source: Record,
+        target: Record,
+        changed: Record | None,
+        *,
+        listener: Listener | None = None,
+    ) -> tuple[Branch, ...]:
+        """Return the runs of the forks, each computed only from its step on."""
+        runs = _Runs(self, source, target)
+        stem = target if changed is None else changed
+
+        def grown(forks: Sequence[Fork], stem: Record) -> tuple[Branch, ...]:
+            found = []
+            for fork in forks:
+                late = _acting(fork.interventions, target.ledger.steps, fork.step, every=True)
+                told = [TurnSpec(**fork.model_dump(include=_TURN))] if fork.changes() else []
+                record = _changed(
+                    stem, [*told, *late], runs, list(stem.spec.interventions), listener, fork.step
+                )
+                found.append(Branch(fork, record, grown(fork.forks, record)))
+            return tuple(found)
+
+        return grown(self.forks, stem)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What a fork's run left behind, and the branches that leave it."""
+
+    fork: Fork
+    record: Record
+    branches: tuple[Branch, ...]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an experiment's runs left behind; ``patched`` is None where nothing was patched."""
+    """What an experiment's runs left behind; ``patched`` is None where nothing was changed."""
 
     experiment: Experiment
     source: Record
     target: Record
     patched: Record | None
+    branches: tuple[Branch, ...] = ()
+
+
+class _Runs:
+    """The runs that interventions of an experiment need."""
+
+    def __init__(self, experiment: Experiment, source: Record, target: Record) -> None:
+        self.experiment = experiment
+        self.source = source
+        self.target = target
+        self._plain: dict[tuple[str | None, tuple[str, ...]], Record] = {}
+
+    def plain(self, prompt: str | None, sites: Sequence[str]) -> Record:
+        key = (prompt, tuple(sites))
+        if key not in self._plain:
+            model = self.target.model
+            assert isinstance(model, DiffusionModel)
+            settings = {**self.experiment.settings(), "seed": self.experiment.seed}
+            self._plain[key] = model.record(prompt, capture=list(sites), **settings)
+        return self._plain[key]
+
+    def places(self, words: Sequence[str], *, source: bool = False) -> Callable[[int], tuple[int, ...]]:
+        return self.experiment.places(self.source if source else self.target, words)
+
+
+def _changed(
+    run: Record,
+    acting: Sequence[Any],
+    runs: _Runs,
+    before: list[Any],
+    listener: Listener | None,
+    start: int | None = None,
+) -> Record:
+    """Return a run with changes: a fork at the first of them, and one more at each turn after it."""
+    steps = run.ledger.steps
+    turns = [each for each in acting if isinstance(each, TurnSpec)]
+    edits = [each for each in acting if not isinstance(each, TurnSpec)]
+    bound = [*before, *(each.bind(runs) for each in edits)]
+    first = _first(edits, steps) if start is None else start
+    for turn in turns:
+        if turn.step >= steps:
+            raise InputError(
+                f"The runs have {steps} steps, counted from 0; a turn at {turn.step} is in none."
+            )
+    common = {"capture": (), "listener": listener}
+    if turns and turns[0].step <= first:
+        turn = turns.pop(0)
+        run = run.fork(turn.step, interventions=bound, **turn.changes(), **common)
+    else:
+        run = run.fork(first, interventions=bound, **common)
+    for turn in turns:
+        run = run.fork(turn.step, **turn.changes(), **common)
+    return run
+
+
+def _acting(changes: Sequence[Any], steps: int, start: int, *, every: bool = False) -> list[Any]:
+    """Return changes without the steps before ``start``: those that take from the source, or every one."""
+    found = []
+    for each in changes:
+        if not isinstance(each, TurnSpec) and start and (every or each.captures):
+            acts = each.act(steps)
+            late = tuple(sorted(step for step in acts if step >= start))
+            if not late:
+                continue
+            found.append(each if len(late) == len(acts) else each.model_copy(update={"steps": late}))
+        else:
+            if not isinstance(each, TurnSpec):
+                each.act(steps)  # refuses steps that are not there
+            found.append(each)
+    return found
+
+
+def _first(changes: Sequence[Any], steps: int) -> int:
+    firsts = [each.step if isinstance(each, TurnSpec) else min(each.act(steps)) for each in changes]
+    return min(firsts, default=steps)
+
+
+def _all(forks: Sequence[Fork]) -> list[Fork]:
+    return [each for fork in forks for each in (fork, *_all(fork.forks))]
+
+
+def _check_forks(forks: Sequence[Fork], before: Sequence[Any], step: int = 0) -> None:
+    for number, fork in enumerate(forks):
+        if fork.says_nothing():
+            raise ValueError(
+                f"fork {number} changes nothing: prompt, guidance_scale, arguments, interventions"
+            )
+        if fork.step < step:
+            raise ValueError(
+                f"fork {number}, at step {fork.step}, leaves a branch that begins at step {step}"
+            )
+        check_order(fork.interventions)
+        _check_forks(fork.forks, (*before, *fork.interventions), fork.step)
+
+
+def _wrong(error: ValidationError) -> str:
+    """Say what does not fit, in one line."""
+    found = error.errors(include_url=False, include_context=False)
+    said = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}".lstrip(": ") for each in found[:_SAID]]
+    more = [f"and {len(found) - _SAID} more"] if len(found) > _SAID else []
+    return "; ".join([*said, *more])
 
 
 def defaults(model: DiffusionModel) -> dict[str, Any]:

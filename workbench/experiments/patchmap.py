@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image
 
 from workbench.errors import InputError
-from workbench.experiments.experiment import Experiment, PatchSpec
+from workbench.experiments.changes import PatchSpec
+from workbench.experiments.experiment import Experiment
 from workbench.experiments.metrics import difference, towards
 from workbench.experiments.windows import window
 from workbench.tracing.record import Record
@@ -100,7 +101,7 @@ class PatchMap:
         patch = self.patch_of(row, column)
         key = (patch.site, column, self.window)
         self._provide(patch.site, listener)
-        experiment = self.experiment.model_copy(update={"patches": (patch,)})
+        experiment = self.experiment.model_copy(update={"interventions": (patch,)})
         record = experiment.patch(self.source, self.target, listener=listener)
         assert record is not None
         image, target, source = record.images[0], self.target.images[0], self.source.images[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,10 @@ _BY_HEAD = ("heads", "text_heads", "query", "key", "value", "probs")
 """Ports whose values are ``(batch, heads, …)``."""
 
 
+Places = int | Iterable[int] | Callable[[int], Iterable[int]] | None
+"""Places of a sequence, or what returns them when it is told how long it is."""
+
+
 @dataclass(frozen=True)
 class Intervention(ABC):
     """A change at one site.
@@ -37,7 +41,8 @@ class Intervention(ABC):
             images, then the next; negative ones count from the end. None is every sample. The others'
             values stay as they are, to the bit.
         tokens: which places of a sequence, counted from 0, at a site whose values are ``(batch, tokens,
-            width)`` or have heads; the others stay as they are, to the bit. None is every place.
+            width)`` or have heads; the others stay as they are, to the bit. None is every place. What can be
+            called is told how long the sequence is, and returns them.
         mask: how much of the change each place of the picture gets, in [0, 1], ``(rows, columns)`` of the
             whole picture, at any size.
         strength: how much of the change is made: 1 is all of it, 0 is none, 2 goes as far again.
@@ -48,7 +53,7 @@ class Intervention(ABC):
     branch: str = ALL
     heads: int | Iterable[int] | None = field(default=None, kw_only=True)
     samples: int | Iterable[int] | None = field(default=None, kw_only=True)
-    tokens: int | Iterable[int] | None = field(default=None, kw_only=True)
+    tokens: Places = field(default=None, kw_only=True)
     mask: torch.Tensor | None = field(default=None, kw_only=True, repr=False, compare=False)
     strength: float = field(default=1.0, kw_only=True)
 
@@ -58,8 +63,9 @@ class Intervention(ABC):
         if not isinstance(self.branch, str) or not self.branch:
             raise InputError(f"branch={self.branch!r} is not a branch. Give 'all', 'cond' or 'uncond'.")
         for name in ("samples", "heads", "tokens"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, numbers(name, getattr(self, name)))
+            asked = getattr(self, name)
+            if asked is not None and not callable(asked):
+                object.__setattr__(self, name, numbers(name, asked))
         check_number("strength", self.strength)
         if self.mask is not None:
             check_mask(self.mask, "mask")
@@ -92,9 +98,7 @@ class Intervention(ABC):
             part[chosen] = self._changed(site, part[chosen], row, branch)
         return changed
 
-    def place(
-        self, site: Site, value: torch.Tensor, tokens: int | Iterable[int] | None = None
-    ) -> tuple[Any, ...]:
+    def place(self, site: Site, value: torch.Tensor, tokens: Places = None) -> tuple[Any, ...]:
         """Return where in the rows of a value the change is made, as an index of it.
 
         Args:
@@ -112,10 +116,11 @@ class Intervention(ABC):
             return (slice(None),) if heads is None else (slice(None), heads)
         if not by_head and value.ndim != 3:
             raise InputError(
-                f"{site} has values of {describe(value)}, which are no sequence, so tokens={asked} chooses "
-                "nothing. Take a site whose values are (batch, tokens, width), or a mask for a picture."
+                f"{site} has values of {describe(value)}, which are no sequence, so tokens choose nothing. "
+                "Take a site whose values are (batch, tokens, width), or a mask for a picture."
             )
-        places = numbered(asked, value.shape[2 if by_head else 1], what="places", site=str(site))
+        length = value.shape[2 if by_head else 1]
+        places = numbered(asked(length) if callable(asked) else asked, length, what="places", site=str(site))
         if not by_head:
             return (slice(None), places)
         return (slice(None), slice(None) if heads is None else torch.tensor(heads)[:, None], places)

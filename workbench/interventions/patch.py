@@ -5,13 +5,12 @@ Vig et al. 2020 (arXiv:2004.12265); Meng et al. 2022 (arXiv:2202.05262).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 
 from workbench.errors import InputError, ShapeError
-from workbench.interventions.intervention import Intervention, numbers
+from workbench.interventions.intervention import Intervention, Places, numbers
 from workbench.tracing.ledger import ALL, GUIDED, Row
 from workbench.tracing.record import Record
 from workbench.tracing.sites import Site
@@ -37,7 +36,7 @@ class Patch(Intervention):
     source: Record = field(kw_only=True, repr=False)
     from_site: str | None = field(default=None, kw_only=True)
     from_step: int | None = field(default=None, kw_only=True)
-    from_tokens: int | Iterable[int] | None = field(default=None, kw_only=True)
+    from_tokens: Places = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         """Check that the source can give what will be asked."""
@@ -59,7 +58,8 @@ class Patch(Intervention):
         if self.from_tokens is not None:
             if self.tokens is None:
                 raise InputError(f"from_tokens={self.from_tokens!r} needs tokens: where they go.")
-            object.__setattr__(self, "from_tokens", numbers("from_tokens", self.from_tokens))
+            if not callable(self.from_tokens):
+                object.__setattr__(self, "from_tokens", numbers("from_tokens", self.from_tokens))
         self.source.ledger.check_branch(self.branch)
 
     @property
@@ -73,7 +73,7 @@ class Patch(Intervention):
         found = self._for_samples(self.source.at(self._origin, step=step, branch=branch, nth=nth), value, row)
         origin = Site.parse(self._origin)
         found = found[self.place(origin, found, self.from_tokens)]
-        if isinstance(self.from_tokens, tuple) and len(self.from_tokens) == 1:
+        if self.from_tokens is not None and found.ndim == value.ndim and found.shape[-2] == 1:
             found = found.expand_as(value)
         if found.shape != value.shape:
             raise ShapeError(

@@ -72,16 +72,14 @@ class Ablate(Intervention):
         """Return what stands for nothing, ``(rows, ...)``."""
         if self.how == "zero":
             return torch.zeros_like(value)
-        drawn = torch.Generator("cpu").manual_seed(self.seed * 1_000_003 + row.call)
         if self.how == "noise":
-            noise = torch.randn(value.shape, generator=drawn).to(value.device, value.dtype)
+            generator = torch.Generator("cpu").manual_seed(self.seed * 1_000_003 + row.call)
+            noise = torch.randn(value.shape, generator=generator).to(value.device, value.dtype)
             over = tuple(range(1, value.ndim))
             return value.mean(over, keepdim=True) + noise * value.std(over, keepdim=True)
         if self.how == "resample":
-            # One for the whole run: what two steps have of two runs belongs to no run.
-            chosen = torch.Generator("cpu").manual_seed(self.seed)
-            number = int(torch.randint(len(self.references), (), generator=chosen))
-            return self._from(self.references[number]).new_value(site, value, row, branch)
+            chosen = self.references[drawn(self.seed, len(self.references))]
+            return self._from(chosen).new_value(site, value, row, branch)
         found = [self._from(each).new_value(site, value, row, branch) for each in self.references]
         return torch.stack(found).mean(0)
 
@@ -92,3 +90,8 @@ class Ablate(Intervention):
 
 HOW = ("zero", "mean", "resample", "noise")
 """Ways to ablate."""
+
+
+def drawn(seed: int, count: int) -> int:
+    """Return which of ``count`` references is drawn: one for the whole run, so that its steps fit."""
+    return int(torch.randint(count, (), generator=torch.Generator("cpu").manual_seed(seed)))

@@ -11,7 +11,8 @@ import numpy as np
 
 from workbench import zoo
 from workbench.errors import InputError, nearest
-from workbench.experiments.experiment import Experiment, PatchSpec
+from workbench.experiments.changes import PatchSpec
+from workbench.experiments.experiment import Experiment
 from workbench.models.model import DiffusionModel
 from workbench.models.quiet import quiet_run
 from workbench.truth.editing import kept_places
@@ -59,7 +60,7 @@ def of_unet(model: DiffusionModel, seeds: Sequence[int], prompts: int, settings:
         source="a red circle",
         target="a blue circle",
         source_from=STEPS[0],
-        patches=(PATCH,),
+        interventions=(PATCH,),
         **settings,
     )
     print(f"{PATCH.site}, steps {STEPS[0]} to {STEPS[-1]}; elsewhere {ELSEWHERE}; reads red:")

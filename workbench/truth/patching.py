@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from workbench.experiments.experiment import Experiment, PatchSpec
+from workbench.experiments.changes import PatchSpec
+from workbench.experiments.experiment import Experiment
 from workbench.interventions.control import RandomDirection
+from workbench.interventions.patch import Patch
 from workbench.models.model import DiffusionModel
 from workbench.zoo import shapes
 
@@ -62,15 +64,17 @@ def colour_rates(
         elsewhere: the other site.
         seeds: each gives one source, target and patched run.
     """
-    patch = experiment.patches[0]
+    patch = experiment.interventions[0]
+    assert isinstance(patch, PatchSpec)
     other = PatchSpec(site=elsewhere, steps=patch.steps, branch=patch.branch)
     counts = dict.fromkeys(("source", "target", "patched", "elsewhere", "random"), 0)
     for seed in seeds:
         at_seed = experiment.model_copy(update={"seed": seed})
         target = at_seed.run_target(model)
         source = at_seed.run_source(model, target, capture=(patch.site, elsewhere))
-        there = at_seed.model_copy(update={"patches": (other,)})
-        control = [RandomDirection.of(each, seed) for each in at_seed.patched(source)]
+        there = at_seed.model_copy(update={"interventions": (other,)})
+        bound = at_seed.bound(source, target)
+        control = [RandomDirection.of(each, seed) for each in bound if isinstance(each, Patch)]
         first = at_seed.first_step(target.ledger.steps)
         runs = {
             "source": source,

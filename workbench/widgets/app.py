@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from workbench.errors import BusyError, InputError, RunStopped, UnknownNameError, WorkbenchError, nearest
 from workbench.experiments.experiment import Experiment, defaults
 from workbench.experiments.patchmap import Cell
-from workbench.experiments.scripts import standalone_code, workbench_code
+from workbench.experiments.scripts import workbench_code
+from workbench.experiments.standalone import standalone_code
 from workbench.experiments.windows import WINDOWS
 from workbench.jobs.worker import PATIENT, URGENT, Job, Worker
 from workbench.models import arguments as checks

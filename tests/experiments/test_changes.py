@@ -1,0 +1,220 @@
+"""Interventions as data: what they become, in which order, and which are refused."""
+
+import json
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+import workbench as wb
+from tests import tiny
+from tests.watching import as_bytes
+from workbench.errors import InputError, UnknownNameError
+from workbench.experiments.changes import (
+    AblateSpec,
+    ForceMapSpec,
+    InjectSpec,
+    ModuleSpec,
+    PatchSpec,
+    ReweightSpec,
+    ScaleSpec,
+    SteerSpec,
+    TurnSpec,
+    by_kind,
+)
+from workbench.experiments.experiment import Experiment
+from workbench.models.model import DiffusionModel
+
+MIDDLE = "unet.mid_block"
+LAYER = "unet.mid_block.attentions.0.transformer_blocks.0.attn2"
+EACH = (
+    PatchSpec(site=f"{LAYER}.to_v", words=("circle",), from_words=("square",), steps=(0, 1)),
+    AblateSpec(site=MIDDLE, how="mean", references=("a cross",), strength=0.5),
+    ScaleSpec(site=f"{LAYER}:heads", heads=(1,), factor=0.0, branch="cond"),
+    SteerSpec(site="unet.conv_in", pairs=(("a red cross", "a cross"),), steps=(1,)),
+    ModuleSpec(site="unet.conv_out", module="torch:tanh"),
+    ModuleSpec(
+        site="unet.conv_in", module="tests.experiments.test_changes:Pairs", arguments={}, feature=1, times=0
+    ),
+    ReweightSpec(site=LAYER, words={"circle": 3.0}),
+    InjectSpec(site=LAYER, steps=(0,)),
+    ForceMapSpec(site=LAYER, word="circle", map=((0.0, 1.0), (0.0, 0.5)), steps=(2,)),
+    TurnSpec(step=2, prompt="a red circle", guidance_scale=2.0),
+)
+
+
+class Pairs(torch.nn.Module):
+    """An autoencoder whose features are what it is given, doubled."""
+
+    def encode(self, value):
+        return value * 2
+
+    def decode(self, features):
+        return features / 2
+
+
+@pytest.fixture(scope="module")
+def model():
+    return DiffusionModel(tiny.sd1())
+
+
+def experiment(*interventions, **changes):
+    given = {"source": "a red square", "target": "a blue circle", "num_inference_steps": 3, **changes}
+    return Experiment(interventions=interventions, **given)
+
+
+def test_every_kind_runs_alone_and_all_of_them_in_order_and_through_json(model, tmp_path):
+    assert {each.kind for each in EACH} == set(by_kind())
+    whole = experiment(*EACH)
+    assert Experiment.load(whole.save(tmp_path / "experiment.json")) == whole
+    plain = experiment().run(model).target
+    for each in EACH:
+        outcome = experiment(each).run(model)
+        assert as_bytes(outcome.target.images) == as_bytes(plain.images)
+        assert not torch.equal(outcome.patched.latents[-1], plain.latents[-1]), each.kind
+    found = whole.run(model)
+    turned = found.patched.spec
+    assert turned.arguments["prompt"] == "a red circle"
+    assert turned.forked_at == 2
+    assert [type(edit).__name__ for edit in turned.interventions] == [
+        *("Patch", "Ablate", "Scale", "Steer", "Attach", "Feature", "Reweight", "InjectAttention", "ForceMap")
+    ]
+
+
+def test_words_are_the_places_of_their_tokens_in_each_prompt(model):
+    edit = experiment(EACH[0]).run(model).patched.spec.interventions[0]
+    by_hand = model.words("a blue circle")["tokenizer"].of("circle")
+    theirs = model.words("a red square")["tokenizer"].of("square")
+    assert edit.tokens(24) == by_hand
+    assert edit.from_tokens(24) == theirs
+    with pytest.raises(UnknownNameError, match="no word 'star'"):
+        experiment(ScaleSpec(site=f"{LAYER}.to_v", words=("star",), factor=0.0)).run(model)
+
+
+def test_a_feature_changes_by_what_it_says(model):
+    kept = experiment().run(model, capture=("unet.conv_out",)).target
+    off = ModuleSpec(
+        site="unet.conv_out", module="tests.experiments.test_changes:Pairs", arguments={}, feature=0, times=0
+    )
+    record = model.record(
+        "a blue circle",
+        seed=0,
+        num_inference_steps=3,
+        capture=["unet.conv_out"],
+        interventions=experiment(off).bound(kept, kept),
+    )
+    new, old = record.at("unet.conv_out", step=0), kept.at("unet.conv_out", step=0).clone()
+    old[..., 0] = 0
+    torch.testing.assert_close(new, old)
+
+
+def test_the_source_may_be_another_models(tmp_path):
+    folders = [tmp_path / name for name in ("base", "tuned")]
+    tiny.sd1().save_pretrained(folders[0])
+    other = tiny.sd1()
+    with torch.no_grad():
+        other.unet.conv_in.weight.mul_(1.5)
+    other.save_pretrained(folders[1])
+    outcome = experiment(
+        PatchSpec(site=MIDDLE), model=str(folders[0]), source_model=str(folders[1]), source="a blue circle"
+    ).run()
+    tuned = DiffusionModel(folders[1]).record(
+        "a blue circle", seed=0, num_inference_steps=3, capture=[MIDDLE]
+    )
+    assert as_bytes(outcome.source.images) == as_bytes(tuned.images)
+    base = DiffusionModel(folders[0])
+    by_hand = base.record(
+        "a blue circle", seed=0, num_inference_steps=3, interventions=[wb.Patch(MIDDLE, source=tuned)]
+    )
+    assert as_bytes(outcome.patched.images) == as_bytes(by_hand.images)
+    assert as_bytes(outcome.patched.images) != as_bytes(outcome.target.images)
+
+
+def test_branches_leave_the_changed_run_and_each_other(model):
+    grown = experiment(ScaleSpec(site=MIDDLE, factor=0.5))
+    grown = grown.fork(1, prompt="a red cross").fork(2, interventions=[AblateSpec(site=MIDDLE)])
+    nested = {"step": 2, "guidance_scale": 2.0}
+    data = grown.model_dump()
+    data["forks"][0]["forks"] = [nested]
+    outcome = Experiment.model_validate(data).run(model)
+    first, second = outcome.branches
+    by_hand = outcome.patched.fork(1, prompt="a red cross")
+    assert as_bytes(first.record.images) == as_bytes(by_hand.images)
+    assert as_bytes(first.branches[0].record.images) == as_bytes(by_hand.fork(2, guidance_scale=2.0).images)
+    edits = [*outcome.patched.spec.interventions, wb.Ablate(MIDDLE, steps=(2,))]
+    assert as_bytes(second.record.images) == as_bytes(outcome.patched.fork(2, interventions=edits).images)
+    images = [outcome.patched, first.record, first.branches[0].record, second.record]
+    assert len({as_bytes(each.images) for each in images}) == 4
+    with pytest.raises(InputError, match="a fork changes something"):
+        grown.fork(1)
+
+
+def test_an_experiment_is_of_the_weights_it_says(model):
+    pinned = experiment().pinned(model)
+    pinned.run(model)
+    changed = DiffusionModel(tiny.sd1())
+    with torch.no_grad():
+        changed.components["unet"].conv_in.bias.add_(1e-3)
+    with pytest.raises(InputError, match=r"of weights sha256:.*has sha256:"):
+        pinned.run(changed)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ((PatchSpec(site=MIDDLE), AblateSpec(site=MIDDLE, steps=(1,))), "ablate .number 1.*patch .number 0"),
+        ((TurnSpec(step=2, prompt="a"), TurnSpec(step=1, prompt="b")), "turns go forward"),
+    ],
+)
+def test_of_two_that_undo_each_other_none_is_meant(changes, says):
+    with pytest.raises(ValidationError, match=says):
+        experiment(*changes)
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        AblateSpec(site=MIDDLE, steps=(2,)),
+        AblateSpec(site=MIDDLE, branch="uncond"),
+        AblateSpec(site=MIDDLE, strength=0.5),
+        AblateSpec(site=MIDDLE, mask=((1.0,),)),
+        ScaleSpec(site=MIDDLE, factor=2.0),
+    ],
+)
+def test_two_that_both_leave_something_are_in_order(second):
+    experiment(PatchSpec(site=MIDDLE, steps=(0, 1), branch="cond"), second)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"kind": "pach", "site": MIDDLE}, "interventions.0: .*pach"),
+        ({"kind": "patch", "site": "a site"}, "not a site"),
+        ({"kind": "patch", "site": "unet:outputt"}, "No port 'outputt'"),
+        ({"kind": "patch", "site": MIDDLE, "strenght": 1}, "strenght"),
+        ({"kind": "scale", "site": MIDDLE, "factor": float("nan")}, "finite"),
+        ({"kind": "scale", "site": MIDDLE}, "factor"),
+        ({"kind": "ablate", "site": MIDDLE, "how": "mean"}, "references"),
+        ({"kind": "ablate", "site": MIDDLE, "mask": [[1, 0], [1]]}, "equally long"),
+        ({"kind": "ablate", "site": MIDDLE, "mask": [[2]]}, "less than or equal to 1"),
+        ({"kind": "ablate", "site": MIDDLE, "steps": []}, "at least 1"),
+        ({"kind": "ablate", "site": MIDDLE, "tokens": [1], "words": ["a"]}, "leave one of them out"),
+        ({"kind": "module", "site": MIDDLE, "module": "os.system(1)"}, "pattern"),
+        ({"kind": "module", "site": MIDDLE, "module": "torch:tanh", "to": 1}, "a feature"),
+        ({"kind": "turn", "step": 1}, "a turn changes something"),
+        ({"kind": "turn", "step": -1, "prompt": "a"}, "greater than or equal to 0"),
+        ({"kind": "inject", "site": "*"}, "pattern"),
+    ],
+)
+def test_what_a_file_says_wrong_is_named(tmp_path, wrong, says):
+    given = {"source": "a", "target": "b", "interventions": [wrong]}
+    (tmp_path / "experiment.json").write_text(json.dumps(given))
+    with pytest.raises(InputError, match=says) as caught:
+        Experiment.load(tmp_path / "experiment.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_module_that_is_not_there_is_named_before_anything_is_changed(model):
+    missing = ModuleSpec(site=MIDDLE, module="tests.experiments.test_changes:Nobody")
+    with pytest.raises(InputError, match="cannot be imported"):
+        experiment(missing).run(model)
