@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -174,10 +175,10 @@ def dtypes(part: nn.Module) -> dict[str, str]:
 
 
 def memory(folder: Path) -> None:
-    """Say the most that a rank had of a denoiser's parameters: while it was loaded, and while it ran."""
-    before = _anonymous()
-    with _Watch() as watch:
-        model = DiffusionModel.from_pretrained(folder / "dit", parallel_scheme={"transformer": {}})
+    """Say the most that a rank had of a denoiser's parameters: while it was loaded, ran, and was drawn."""
+    scheme, spec = {"transformer": {}}, {"transformer_cls": "DiTTransformer2DModel"}
+    with _Watch() as loading:
+        model = DiffusionModel.from_pretrained(folder / "dit", parallel_scheme=scheme)
     part = model.components["transformer"]
     whole = sum(each.numel() * each.element_size() for each in part.parameters())
     seen = [0]
@@ -189,7 +190,12 @@ def memory(folder: Path) -> None:
         block.register_forward_pre_hook(look)
         block.register_forward_hook(look)
     model.record(class_labels=[3], num_inference_steps=1, seed=0)
-    _keep(folder, "memory", {"whole": whole, "running": max(seen), "loading": watch.most - before})
+    with _Watch() as drawing:
+        drawn = DiffusionModel.from_config(folder / "dit", spec, seed=3, parallel_scheme=scheme)
+    weights = {path: each.full_tensor() for path, each in drawn.components["transformer"].named_parameters()}
+    torch.save(weights, folder / f"drawn-{dist.get_rank()}.pt")
+    most = {"running": max(seen), "loading": loading.most, "drawing": drawing.most}
+    _keep(folder, "memory", {"whole": whole, **most})
 
 
 def failing(folder: Path) -> None:
@@ -218,10 +224,11 @@ def _until_second_step(folder: Path, end: Any) -> None:
 
 
 class _Watch:
-    """The most anonymous memory this process had while the block ran, in bytes."""
+    """The most anonymous memory this process took while the block ran, in bytes."""
 
     def __enter__(self) -> _Watch:
-        self.most, self._done = 0, threading.Event()
+        ctypes.CDLL(None).malloc_trim(0)
+        self._before, self.most, self._done = _anonymous(), 0, threading.Event()
         self._thread = threading.Thread(target=self._look)
         self._thread.start()
         return self
@@ -232,7 +239,7 @@ class _Watch:
 
     def _look(self) -> None:
         while not self._done.wait(0.002):
-            self.most = max(self.most, _anonymous())
+            self.most = max(self.most, _anonymous() - self._before)
 
 
 def _anonymous() -> int:

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 REPOSITORY = Path(__file__).parents[2]
 
 
-def together(function, folder, *, count=2, patience=300):
+def together(function, folder, *, count=2, patience=300, **environment):
     """Run a function of `tests.ranks` on every rank; returns how it ended and when."""
     command = [
         "-m",
@@ -35,7 +35,7 @@ def together(function, folder, *, count=2, patience=300):
     done = subprocess.run(
         [sys.executable, *command, function, str(folder)],
         cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
         timeout=patience,
@@ -143,7 +143,8 @@ def test_a_rank_holds_its_share_and_a_block_more(tmp_path):
     transformer = DiTTransformer2DModel.from_config({**tiny.dit().transformer.config, **size})
     vae = tiny.dit().vae
     DiTPipeline(transformer, vae, DDIMScheduler()).save_pretrained(tmp_path / "dit")
-    done, _ = together("memory", tmp_path)
+    # Memory of freed weights is given back, as it always is where they are as large as a real model's.
+    done, _ = together("memory", tmp_path, MALLOC_MMAP_THRESHOLD_="65536")
     assert done.returncode == 0, done.stderr[-4000:]
     for rank in (0, 1):
         found = torch.load(tmp_path / f"memory-{rank}.pt", weights_only=True)
@@ -151,8 +152,15 @@ def test_a_rank_holds_its_share_and_a_block_more(tmp_path):
         print(f"rank {rank}: {shares} of {found['whole']:,} bytes")
         assert len(blocks(transformer)) == 12
         assert found["running"] <= 0.6 * found["whole"]
-        # All of the process's memory, with what is read and let go of again between the shards.
-        assert found["loading"] <= 0.85 * found["whole"]
+        # All of the process's memory, with what is read or drawn and let go of again between the shards.
+        assert found["loading"] <= 0.7 * found["whole"]
+        assert found["drawing"] <= 0.7 * found["whole"]
+    spec = {"transformer_cls": "DiTTransformer2DModel"}
+    alone = DiffusionModel.from_config(tmp_path / "dit", spec, seed=3).components["transformer"].state_dict()
+    for rank in (0, 1):
+        drawn = torch.load(tmp_path / f"drawn-{rank}.pt", weights_only=True)
+        assert drawn.keys() == dict(transformer.named_parameters()).keys()
+        assert [path for path, weight in drawn.items() if not torch.equal(weight, alone[path])] == []
 
 
 @pytest.mark.parametrize("function", ["failing", "killed"])

@@ -185,10 +185,9 @@ class DiffusionModel(Looking, PipelineMethods):
             reference: a zoo name, a folder or a Hub id; of the denoiser only the configuration is read.
             spec: what to build: a `PipelineSpec`, a dict, or the path of a YAML file with one.
             dtype: of the weights, a dtype of torch or its name; None is float32.
-            seed: of the weights; None leaves them to torch's own generator. Ranks that spread one model
-                need the same.
-            parallel_scheme: as in `from_pretrained`. Each rank makes the random weights whole before it
-                keeps its share.
+            seed: of the weights; None leaves them to torch's own generator, of the first rank where there are
+                several.
+            parallel_scheme: as in `from_pretrained`. A shard has the weights that one process would draw.
             device: where to move everything; None leaves it on the CPU, or where the scheme has it.
             **options: of ``from_pretrained``.
 

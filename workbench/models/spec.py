@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +135,7 @@ def build(
     *,
     dtype: torch.dtype | str | None = None,
     seed: int | None = None,
+    through: Callable[[Callable[[], nn.Module]], nn.Module] = operator.call,
     **options: Any,
 ) -> Any:
     """Make a pipeline whose denoiser has random weights.
@@ -142,6 +145,7 @@ def build(
         spec: what to build.
         dtype: of the weights, a dtype of torch or its name; None is float32.
         seed: of the weights; None leaves them to torch's own generator.
+        through: calls what makes the denoiser, and returns it.
         **options: of ``from_pretrained``.
 
     Raises:
@@ -160,10 +164,10 @@ def build(
             raise InputError(f"{', '.join(others)} is for a whole pipeline: load_full_pipeline=True.")
         alone = (Path(reference).expanduser() / spec.subfolder).is_dir()
         folder = str(Path(reference).expanduser()) if alone else locate(str(reference))
-        return Parts(**{spec.subfolder: _denoiser(folder, spec, kept, seed, asked)})
+        return Parts(**{spec.subfolder: through(partial(_denoiser, folder, spec, kept, seed, asked))})
     kind, folder = pipeline_class(spec.pipeline_cls or None), locate(str(reference))
     check(kind, folder, asked)
-    denoiser = _denoiser(folder, spec, kept, seed, asked)
+    denoiser = through(partial(_denoiser, folder, spec, kept, seed, asked))
     return from_pretrained(kind, folder, {**asked, "dtype": kept, spec.subfolder: denoiser})
 
 
