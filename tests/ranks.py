@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -210,10 +211,13 @@ def killed(folder: Path) -> None:
 
 def _until_second_step(folder: Path, end: Any) -> None:
     model = DiffusionModel.from_pretrained(folder / "flux", parallel_scheme={"transformer": {}})
+    _run_until(model, folder, end, [1])
 
+
+def _run_until(model: DiffusionModel, folder: Path, end: Any, ranks: list[int]) -> None:
     class Listening:
         def started(self, row: Any) -> None:
-            if row.step == 1 and dist.get_rank() == 1:
+            if row.step == 1 and dist.get_rank() in ranks:
                 (folder / "failed").write_text(str(time.time()))
                 end()
 
@@ -221,6 +225,33 @@ def _until_second_step(folder: Path, end: Any) -> None:
 
     case = tiny.CASES["flux"]
     model.record(seed=0, listener=Listening(), **{**case.arguments, "num_inference_steps": 2000})
+
+
+def parting(folder: Path) -> None:
+    """Fail alike and go on; then fail on one rank, which lives on."""
+    rank = int(os.environ["RANK"])
+    model = DiffusionModel.from_pretrained(folder / "flux", parallel_scheme={"transformer": {}})
+    settings = {**tiny.CASES["flux"].arguments, "num_inference_steps": STEPS, "output_type": "latent"}
+
+    def fail() -> None:
+        raise ArithmeticError("this rank fails")
+
+    for _ in range(2):
+        with suppress(ArithmeticError):
+            _run_until(model, folder, fail, [0, 1])
+    found: dict[str, Any] = {"latents": model.record(seed=0, **settings).latents, "errors": []}
+    for _ in range(2):
+        try:
+            with model.generate(seed=0, **{**settings, "num_inference_steps": 2000}) as run:
+                for _ in run.steps[:2]:
+                    pass
+                if rank == 1:
+                    (folder / "failed").write_text(str(time.time()))
+                    fail()
+        except Exception as error:  # noqa: BLE001 - this is a script that goes on
+            found["errors"].append(f"{type(error).__name__}: {error}")
+            found.setdefault("seconds", time.time() - float((folder / "failed").read_text()))
+    _keep(folder, "parting", found)
 
 
 class _Watch:

@@ -12,6 +12,7 @@
     │   └── ShapeError        a replacement whose shape or dtype does not fit; both are printed
     ├── GuardError            a setting of the model under which tracing would be wrong
     ├── BusyError             a second run on a model that is already running
+    ├── RankError             a run of several ranks that ended because another rank's failed
     └── RunStopped            the user pressed Stop; carries what was seen
 
 Each message says what was given, what would fit and what to do.
@@ -68,6 +69,10 @@ class GuardError(WorkbenchError):
 
 class BusyError(WorkbenchError):
     """A second run was asked of a model that is already running one."""
+
+
+class RankError(WorkbenchError):
+    """A run of several ranks ended because that of another one failed; the message has its error."""
 
 
 class RunStopped(WorkbenchError):

@@ -1,6 +1,7 @@
 """Components spread over ranks: what they compute, what they hold, and how they end."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -170,6 +171,20 @@ def test_a_rank_that_ends_ends_them_all(folder, function):
     assert done.returncode != 0
     assert ended - float((folder / "failed").read_text()) < 30
     assert ("this rank fails" in done.stderr) == (function == "failing")
+
+
+def test_ranks_that_fail_alike_go_on_and_none_waits_for_one_that_failed_alone(folder, one_thread):
+    done, _ = together("parting", folder)
+    assert done.returncode == 0, done.stderr[-4000:]
+    model = ranks.laid_out(DiffusionModel(folder / "flux", dispatch=True))
+    settings = {**tiny.CASES["flux"].arguments, "num_inference_steps": ranks.STEPS, "output_type": "latent"}
+    alone = model.record(seed=0, **settings).latents
+    said = ["ArithmeticError: this rank fails", "RankError: Rank 1 failed .*ArithmeticError: this rank fails"]
+    for rank, errors in enumerate(([said[1], said[1]], said)):
+        found = torch.load(folder / f"parting-{rank}.pt", weights_only=True)
+        torch.testing.assert_close(found["latents"], alone)
+        assert found["seconds"] < 30
+        assert all(re.match(*each) for each in zip(errors, found["errors"], strict=True)), found["errors"]
 
 
 # What is refused, before anything is loaded

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -91,6 +92,7 @@ class DiffusionModel(Looking, PipelineMethods):
         self._trace: Trace | None = None
         self.shapes: dict[str, str] = {}
         self.managers: dict[str, Any] = {}
+        self._together: AbstractContextManager[Any] = nullcontext()
         self._parts: dict[str, weakref.ref[nn.Module]] = {}
         self._take_in_parts()
 
@@ -525,6 +527,12 @@ class DiffusionModel(Looking, PipelineMethods):
         self, prompt: Any, seed: Seed, arguments: Mapping[str, Any]
     ) -> tuple[RunSpec, dict[str, Any], int | None]:
         """Return the spec, the pipeline's keyword arguments and the number of samples."""
+        with self._in_lockstep():
+            return self._checked(prompt, seed, arguments)
+
+    def _checked(
+        self, prompt: Any, seed: Seed, arguments: Mapping[str, Any]
+    ) -> tuple[RunSpec, dict[str, Any], int | None]:
         self.dispatch()
         self._take_in_parts()
         given = dict(arguments) if prompt is None else {"prompt": prompt, **arguments}
@@ -579,6 +587,17 @@ class DiffusionModel(Looking, PipelineMethods):
                 "This model is already running. Wait for that run to end or stop it; two runs of one model "
                 "would mix their values."
             )
+        self._together = self._in_lockstep()
+        self._together.__enter__()
+
+    def _in_lockstep(self) -> AbstractContextManager[Any]:
+        """Return what ends a run of ours where another rank's failed."""
+        meshes = [each.device_mesh for each in self.managers.values() if hasattr(each, "device_mesh")]
+        if not meshes:
+            return nullcontext()
+        from workbench.models.parallel.lockstep import Lockstep
+
+        return Lockstep(meshes)
 
     def _end(self, session: Session) -> None:
         """Leave nothing of a run on the model; called twice, for an interrupt in the first."""
@@ -586,6 +605,7 @@ class DiffusionModel(Looking, PipelineMethods):
         if self._running.get("run") is session:
             self._trace = None
             del self._running["run"]
+            self._together.__exit__(*sys.exc_info())
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
