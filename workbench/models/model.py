@@ -320,7 +320,8 @@ class DiffusionModel(Looking, PipelineMethods):
         Args:
             prompt: what the pipeline takes as its prompt; None for pipelines without one.
             seed: noise seed: one for all prompts (paired noise), or a list with one a sample; None
-                leaves the noise to the pipeline.
+                leaves the noise to the pipeline, which draws on every rank of a sharded model what it does
+                on the first.
             capture: sites to keep (``"unet.mid_block"``), and probes such as ``wb.Attention()``.
             interventions: changes to make, applied in order; a captured value is the changed one.
             listener: told of each call and tick; an exception it raises ends the run.
@@ -546,6 +547,9 @@ class DiffusionModel(Looking, PipelineMethods):
             noise = single(seed) if by_hand else generators(seed, prompts=prompts, images=images)
             if not by_hand or checks.takes(self._loaded, "generator"):
                 call["generator"] = noise
+        elif "generator" not in call:
+            for manager in self.managers.values():
+                manager.share_noise()
         spec = RunSpec(model=self._reference, arguments=given, seed=normal(seed))
         samples = self._loaded.samples if isinstance(self._loaded, Loop) else None
         return spec, call, samples or prompts * images

@@ -158,6 +158,9 @@ class DDPManager:
         device = next(module.parameters()).device
         return Replica(module, device_ids=[device] if device.type == "cuda" else None)
 
+    def share_noise(self) -> None:
+        """Do nothing: a rank with a whole copy may run alone, with noise of its own."""
+
 
 def check_trainable(module: nn.Module) -> None:
     """Refuse a module of which no parameter is trained.
