@@ -18,8 +18,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInputOutput, RowwiseParallel
 
 from tests import tiny
 from workbench.attention.request import Attention
@@ -30,6 +31,10 @@ from workbench.models.parallel import opening  # noqa: F401  what it imports is 
 from workbench.models.parallel.managers import blocks, register_strategy
 from workbench.models.shapes import Shapes
 
+FEED_FORWARD = {
+    "transformer_blocks.*.ff.net.0.proj": "colwise",
+    "transformer_blocks.*.ff.net.2": "rowwise",
+}
 FAMILIES = ("flux", "wan", "sd1")
 STEPS = 3
 
@@ -90,18 +95,27 @@ def copies(folder: Path) -> None:
     """Trace under ddp, under tensor parallelism, and sharded in a way of one's own."""
     scheme = {"transformer": {"_manager_type": "ddp"}}
     model = DiffusionModel.from_pretrained(folder / "flux", parallel_scheme=scheme, load_for_training=True)
-    found = traced("flux", laid_out(model))
+    found: dict[str, Any] = {"ddp": traced("flux", laid_out(model))["patched"]}
     maps = model.record(seed=0, capture=[Attention()], **tiny.CASES["flux"].arguments).attention
     model.save_pretrained(folder / "trained")
-    plan = {
-        "transformer_blocks.*.ff.net.0.proj": "colwise",
-        "transformer_blocks.*.ff.net.2": "rowwise",
-    }
     split = DiffusionModel.from_pretrained(
-        folder / "flux", parallel_scheme={"transformer": {"tp_size": 2, "tp_plan": plan}}
+        folder / "flux", parallel_scheme={"transformer": {"tp_size": 2, "tp_plan": FEED_FORWARD}}
     )
     weight = split.components["transformer"].transformer_blocks[0].ff.net[0].proj.weight
     assert weight.to_local().shape[0] * 2 == weight.shape[0]
+    found |= {
+        "tp": traced("flux", split)["patched"],
+        "sequence": traced("sd1", by_sequence(folder))["patched"],
+    }
+    mixed = DiffusionModel.from_pretrained(
+        folder / "flux",
+        parallel_scheme={"transformer": {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)}},
+    )
+    found["mixed"] = traced("flux", mixed)
+    kept = DiffusionModel.from_pretrained(
+        folder / "flux", parallel_scheme={"transformer": {"offload_policy": True}}
+    )
+    found["offloaded"] = traced("flux", kept)["patched"]
     own: list[str] = []
 
     def as_one(module: nn.Module, mesh: Any, _: Any) -> None:
@@ -116,12 +130,49 @@ def copies(folder: Path) -> None:
         folder,
         "copies",
         {
-            "ddp": found["patched"],
-            "tp": traced("flux", split)["patched"],
+            **found,
             "layers": list(maps.layers),
             "sites": [str(site) for site in patch_sites(model.denoisers, _shapes(model))],
         },
     )
+
+
+def by_sequence(folder: Path) -> DiffusionModel:
+    """Return Stable Diffusion whose middle block works on a part of the sequence on each rank."""
+    block, part, whole = "mid_block.attentions.*.transformer_blocks.*", Shard(1), Replicate()
+    gathered = ColwiseParallel(input_layouts=part, output_layouts=whole)
+    scattered = RowwiseParallel(input_layouts=whole, output_layouts=part)
+    plan: dict[str, Any] = {
+        block: PrepareModuleInputOutput(
+            input_layouts=(whole,),
+            desired_input_layouts=(part,),
+            use_local_input=True,
+            output_layouts=part,
+            desired_output_layouts=whole,
+        ),
+        **dict.fromkeys((f"{block}.norm1", f"{block}.norm2", f"{block}.norm3"), "sequence"),
+        **dict.fromkeys((f"{block}.attn1.to_{name}" for name in "qkv"), gathered),
+        f"{block}.attn2.to_q": gathered,
+        f"{block}.ff.net.0.proj": gathered,
+        **dict.fromkeys((f"{block}.attn1.to_out.0", f"{block}.attn2.to_out.0"), scattered),
+        f"{block}.ff.net.2": scattered,
+    }
+    scheme = {"tp_size": 2, "sequence_parallel": True, "tp_plan": plan}
+    return DiffusionModel.from_pretrained(folder / "sd1", parallel_scheme={"unet": scheme})
+
+
+def meshes(folder: Path) -> None:
+    """Trace with shards of layers that are split, on four ranks."""
+    scheme = {"dp_size": 2, "tp_size": 2, "tp_plan": FEED_FORWARD}
+    model = DiffusionModel.from_pretrained(folder / "flux", parallel_scheme={"transformer": scheme})
+    weight = model.components["transformer"].transformer_blocks[0].ff.net[0].proj.weight
+    assert weight.to_local().numel() * 4 == weight.numel()
+    spec = {"transformer_cls": "FluxTransformer2DModel"}
+    drawn = DiffusionModel.from_config(
+        folder / "flux", spec, seed=3, parallel_scheme={"transformer": scheme}
+    ).components["transformer"]
+    weights = {path: each.full_tensor() for path, each in drawn.named_parameters()}
+    _keep(folder, "meshes", {**traced("flux", model), "drawn": weights})
 
 
 def _shapes(model: DiffusionModel) -> Shapes:
@@ -133,15 +184,21 @@ def _shapes(model: DiffusionModel) -> Shapes:
 def training(folder: Path) -> None:
     """Make two backward passes of each kind, and gather the gradients."""
     found = {}
-    for kind in ("fsdp2", "ddp"):
-        scheme = {"unet": {"_manager_type": kind, "activation_checkpointing": kind == "fsdp2"}}
+    for name, kind in (("fsdp2", "fsdp2"), ("ddp", "ddp"), ("at once", "fsdp2")):
+        scheme = {"unet": {"_manager_type": kind, "activation_checkpointing": name == "fsdp2"}}
+        if name == "at once":
+            scheme["unet"]["defer_fsdp_grad_sync"] = False
         model = DiffusionModel.from_pretrained(folder / "sd1", parallel_scheme=scheme, load_for_training=True)
         unet, manager = model.components["unet"].train(), model.managers["unet"]
+        exchanged = []
         for step in (0, 1):
             if kind == "fsdp2":
                 manager.before_backward(unet, last=step == 1)
             backward(unet, step, dist.get_rank())
-        found[kind] = {
+            # Not before the last pass are gradients in shards, unless they are exchanged in each.
+            exchanged.append(any(isinstance(each.grad, DTensor) for each in unet.parameters()))
+        assert exchanged == {"fsdp2": [False, True], "ddp": [False, False], "at once": [True, True]}[name]
+        found[name] = {
             path.removeprefix("module."): (each.grad.full_tensor() if kind == "fsdp2" else each.grad).clone()
             for path, each in unet.named_parameters()
             if each.grad is not None

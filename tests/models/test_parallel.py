@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from tests import ranks, tiny
 from workbench.errors import InputError, LoadError, UnknownNameError
@@ -93,9 +94,17 @@ def test_copies_and_split_layers_compute_the_same(folder):
     done, _ = together("copies", folder)
     assert done.returncode == 0, done.stderr[-4000:]
     by_itself(folder)
-    alone = torch.load(folder / "flux-alone.pt", weights_only=True)["patched"]
+    whole = torch.load(folder / "flux-alone.pt", weights_only=True)
+    alone, by_words = whole["patched"], torch.load(folder / "sd1-alone.pt", weights_only=True)["patched"]
     for rank in (0, 1):
         found = torch.load(folder / f"copies-{rank}.pt", weights_only=True)
+        torch.testing.assert_close(found["sequence"], by_words, rtol=1e-4, atol=1e-4)
+        assert torch.equal(found["offloaded"], alone)
+        seen = found["mixed"]["captured"]
+        assert {each.dtype for each in (seen if isinstance(seen, tuple) else (seen,))} == {torch.bfloat16}
+        near = found["mixed"]["patched"].float()
+        assert not torch.equal(near, alone)
+        torch.testing.assert_close(near, alone, rtol=0.05, atol=0.05)
         assert torch.equal(found["ddp"], alone)
         assert found["layers"]
         assert not [path for path in (*found["layers"], *found["sites"]) if ".module" in path]
@@ -105,6 +114,21 @@ def test_copies_and_split_layers_compute_the_same(folder):
     # What ddp trained is saved as the component itself, and opens again.
     again = torch.load(folder / "trained-alone.pt", weights_only=True)["patched"]
     assert torch.equal(again, alone)
+
+
+def test_shards_of_split_layers_compute_the_same_and_are_drawn_alike(folder):
+    done, _ = together("meshes", folder, count=4)
+    assert done.returncode == 0, done.stderr[-4000:]
+    if not (folder / "flux-alone.pt").exists():
+        by_itself(folder)
+    alone = torch.load(folder / "flux-alone.pt", weights_only=True)
+    spec = {"transformer_cls": "FluxTransformer2DModel"}
+    drawn = DiffusionModel.from_config(folder / "flux", spec, seed=3).components["transformer"]
+    for rank in range(4):
+        found = torch.load(folder / f"meshes-{rank}.pt", weights_only=True)
+        torch.testing.assert_close(found["patched"], alone["patched"], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found["forked"], alone["forked"], rtol=1e-4, atol=1e-4)
+        assert all(torch.equal(each, drawn.get_parameter(path)) for path, each in found["drawn"].items())
 
 
 def test_gradients_are_the_mean_over_the_ranks(folder, one_thread):
@@ -118,7 +142,7 @@ def test_gradients_are_the_mean_over_the_ranks(folder, one_thread):
         means.append({path: each.grad for path, each in unet.named_parameters() if each.grad is not None})
     for rank in (0, 1):
         found = torch.load(folder / f"training-{rank}.pt", weights_only=True)
-        for kind in ("fsdp2", "ddp"):
+        for kind in ("fsdp2", "ddp", "at once"):
             assert found[kind].keys() == means[0].keys()
             for path, grad in found[kind].items():
                 mean = (means[0][path] + means[1][path]) / 2
@@ -224,13 +248,15 @@ def test_an_entry_that_says_nothing_known_is_refused(entry, error, says):
         ({"backend": "nccl"}, "on a CPU it is 'gloo'"),
         ({"backend": "glue"}, "no backend 'glue'.*gloo"),
         ({"tp_size": 4, "tp_plan": {"a": "rowwise"}, "offload_policy": True}, "leaves none"),
+        ({"offload_policy": CPUOffloadPolicy()}, "pin_memory=False"),
         ({"world_size": 3}, "there are 4 ranks"),
         ({"dp_size": 3}, "does not fit 4 ranks"),
         ({"dp_replicate_size": 3}, "does not fit 4 ranks"),
         ({"dp_replicate_size": 4}, "leaves nothing to shard"),
     ],
 )
-def test_a_scheme_that_cannot_be_done_is_refused(entry, says):
+def test_a_scheme_that_cannot_be_done_is_refused(entry, says, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     scheme = schemes.read({"transformer": entry}, ["transformer"])["transformer"]
     with pytest.raises((InputError, UnknownNameError), match=says):
         scheme.check("transformer", 4, CPU)
