@@ -357,6 +357,8 @@ def test_a_folder_with_code_of_its_own_is_opened_only_when_asked_for(folder, tmp
     index.write_text(index.read_text().replace('"StableDiffusionPipeline"', '["pipeline", "OwnPipeline"]'))
     with pytest.raises(InputError, match=r"Python code of its own.*trust_remote_code=True"):
         opened(folder)
+    with pytest.raises(InputError, match=r"dispatch=False reads configurations only, and code of .*Leave"):
+        DiffusionModel(folder, dispatch=False, trust_remote_code=True)
     assert not mark.exists()
     assert opened(folder, trust_remote_code=True).automodel.__name__ == "OwnPipeline"
     assert mark.exists()

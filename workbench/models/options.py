@@ -98,7 +98,7 @@ def check(kind: Any, folder: str, options: Mapping[str, Any]) -> None:
                 f"custom_pipeline={custom!r} runs code that did not come with diffusers. If you trust it, "
                 "say so: trust_remote_code=True."
             )
-        if isinstance(named, list) or any(_own_code(folder, *each) for each in index.items()):
+        if brings_code(folder, index):
             raise InputError(
                 f"{folder} brings Python code of its own, which loading would run. If you trust it, say so: "
                 "trust_remote_code=True."
@@ -147,7 +147,14 @@ def unfetched(found: str, options: Mapping[str, Any], error: Exception, lack: st
     )
 
 
-def _own_code(folder: str, name: str, entry: Any) -> bool:
+def brings_code(folder: str | Path, index: Mapping[str, Any]) -> bool:
+    """Whether a pipeline or one of its parts is of a class that a folder brings along."""
+    return isinstance(index.get("_class_name"), list) or any(
+        _own_code(folder, *each) for each in index.items()
+    )
+
+
+def _own_code(folder: str | Path, name: str, entry: Any) -> bool:
     """Whether a component's class is one of a file beside its weights."""
     if not isinstance(entry, list) or not entry or not isinstance(entry[0], str):
         return False
