@@ -167,12 +167,18 @@ def meshes(folder: Path) -> None:
     model = DiffusionModel.from_pretrained(folder / "flux", parallel_scheme={"transformer": scheme})
     weight = model.components["transformer"].transformer_blocks[0].ff.net[0].proj.weight
     assert weight.to_local().numel() * 4 == weight.numel()
-    spec = {"transformer_cls": "FluxTransformer2DModel"}
-    drawn = DiffusionModel.from_config(
-        folder / "flux", spec, seed=3, parallel_scheme={"transformer": scheme}
-    ).components["transformer"]
+    spec = {"transformer_cls": "FluxTransformer2DModel", "load_full_pipeline": True}
+    built = DiffusionModel.from_config(
+        folder / "flux", spec, seed=3, parallel_scheme={"transformer": scheme, "text_encoder_2": {}}
+    )
+    assert all(isinstance(each, DTensor) for each in built.components["text_encoder_2"].parameters())
+    drawn = built.components["transformer"]
     weights = {path: each.full_tensor() for path, each in drawn.named_parameters()}
-    _keep(folder, "meshes", {**traced("flux", model), "drawn": weights})
+    _keep(
+        folder,
+        "meshes",
+        {**traced("flux", model), "drawn": weights, "built": traced("flux", built)["latents"]},
+    )
 
 
 def _shapes(model: DiffusionModel) -> Shapes:

@@ -122,12 +122,15 @@ def test_shards_of_split_layers_compute_the_same_and_are_drawn_alike(folder):
     if not (folder / "flux-alone.pt").exists():
         by_itself(folder)
     alone = torch.load(folder / "flux-alone.pt", weights_only=True)
-    spec = {"transformer_cls": "FluxTransformer2DModel"}
-    drawn = DiffusionModel.from_config(folder / "flux", spec, seed=3).components["transformer"]
+    spec = {"transformer_cls": "FluxTransformer2DModel", "load_full_pipeline": True}
+    built = DiffusionModel.from_config(folder / "flux", spec, seed=3)
+    settings = {**tiny.CASES["flux"].arguments, "num_inference_steps": ranks.STEPS, "output_type": "latent"}
+    latents, drawn = built.record(seed=0, **settings).latents, built.components["transformer"]
     for rank in range(4):
         found = torch.load(folder / f"meshes-{rank}.pt", weights_only=True)
         torch.testing.assert_close(found["patched"], alone["patched"], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(found["forked"], alone["forked"], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found["built"], latents, rtol=1e-4, atol=1e-4)
         assert all(torch.equal(each, drawn.get_parameter(path)) for path, each in found["drawn"].items())
 
 
