@@ -5,19 +5,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInputOutput, RowwiseParallel
 
 from tests import tiny
 from workbench.attention.request import Attention
@@ -28,6 +31,10 @@ from workbench.models.parallel import opening  # noqa: F401  what it imports is 
 from workbench.models.parallel.managers import blocks, register_strategy
 from workbench.models.shapes import Shapes
 
+FEED_FORWARD = {
+    "transformer_blocks.*.ff.net.0.proj": "colwise",
+    "transformer_blocks.*.ff.net.2": "rowwise",
+}
 FAMILIES = ("flux", "wan", "sd1")
 STEPS = 3
 
@@ -88,18 +95,27 @@ def copies(folder: Path) -> None:
     """Trace under ddp, under tensor parallelism, and sharded in a way of one's own."""
     scheme = {"transformer": {"_manager_type": "ddp"}}
     model = DiffusionModel.from_pretrained(folder / "flux", parallel_scheme=scheme, load_for_training=True)
-    found = traced("flux", laid_out(model))
+    found: dict[str, Any] = {"ddp": traced("flux", laid_out(model))["patched"]}
     maps = model.record(seed=0, capture=[Attention()], **tiny.CASES["flux"].arguments).attention
     model.save_pretrained(folder / "trained")
-    plan = {
-        "transformer_blocks.*.ff.net.0.proj": "colwise",
-        "transformer_blocks.*.ff.net.2": "rowwise",
-    }
     split = DiffusionModel.from_pretrained(
-        folder / "flux", parallel_scheme={"transformer": {"tp_size": 2, "tp_plan": plan}}
+        folder / "flux", parallel_scheme={"transformer": {"tp_size": 2, "tp_plan": FEED_FORWARD}}
     )
     weight = split.components["transformer"].transformer_blocks[0].ff.net[0].proj.weight
     assert weight.to_local().shape[0] * 2 == weight.shape[0]
+    found |= {
+        "tp": traced("flux", split)["patched"],
+        "sequence": traced("sd1", by_sequence(folder))["patched"],
+    }
+    mixed = DiffusionModel.from_pretrained(
+        folder / "flux",
+        parallel_scheme={"transformer": {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)}},
+    )
+    found["mixed"] = traced("flux", mixed)
+    kept = DiffusionModel.from_pretrained(
+        folder / "flux", parallel_scheme={"transformer": {"offload_policy": True}}
+    )
+    found["offloaded"] = traced("flux", kept)["patched"]
     own: list[str] = []
 
     def as_one(module: nn.Module, mesh: Any, _: Any) -> None:
@@ -114,11 +130,54 @@ def copies(folder: Path) -> None:
         folder,
         "copies",
         {
-            "ddp": found["patched"],
-            "tp": traced("flux", split)["patched"],
+            **found,
             "layers": list(maps.layers),
             "sites": [str(site) for site in patch_sites(model.denoisers, _shapes(model))],
         },
+    )
+
+
+def by_sequence(folder: Path) -> DiffusionModel:
+    """Return Stable Diffusion whose middle block works on a part of the sequence on each rank."""
+    block, part, whole = "mid_block.attentions.*.transformer_blocks.*", Shard(1), Replicate()
+    gathered = ColwiseParallel(input_layouts=part, output_layouts=whole)
+    scattered = RowwiseParallel(input_layouts=whole, output_layouts=part)
+    plan: dict[str, Any] = {
+        block: PrepareModuleInputOutput(
+            input_layouts=(whole,),
+            desired_input_layouts=(part,),
+            use_local_input=True,
+            output_layouts=part,
+            desired_output_layouts=whole,
+        ),
+        **dict.fromkeys((f"{block}.norm1", f"{block}.norm2", f"{block}.norm3"), "sequence"),
+        **dict.fromkeys((f"{block}.attn1.to_{name}" for name in "qkv"), gathered),
+        f"{block}.attn2.to_q": gathered,
+        f"{block}.ff.net.0.proj": gathered,
+        **dict.fromkeys((f"{block}.attn1.to_out.0", f"{block}.attn2.to_out.0"), scattered),
+        f"{block}.ff.net.2": scattered,
+    }
+    scheme = {"tp_size": 2, "sequence_parallel": True, "tp_plan": plan}
+    return DiffusionModel.from_pretrained(folder / "sd1", parallel_scheme={"unet": scheme})
+
+
+def meshes(folder: Path) -> None:
+    """Trace with shards of layers that are split, on four ranks."""
+    scheme = {"dp_size": 2, "tp_size": 2, "tp_plan": FEED_FORWARD}
+    model = DiffusionModel.from_pretrained(folder / "flux", parallel_scheme={"transformer": scheme})
+    weight = model.components["transformer"].transformer_blocks[0].ff.net[0].proj.weight
+    assert weight.to_local().numel() * 4 == weight.numel()
+    spec = {"transformer_cls": "FluxTransformer2DModel", "load_full_pipeline": True}
+    built = DiffusionModel.from_config(
+        folder / "flux", spec, seed=3, parallel_scheme={"transformer": scheme, "text_encoder_2": {}}
+    )
+    assert all(isinstance(each, DTensor) for each in built.components["text_encoder_2"].parameters())
+    drawn = built.components["transformer"]
+    weights = {path: each.full_tensor() for path, each in drawn.named_parameters()}
+    _keep(
+        folder,
+        "meshes",
+        {**traced("flux", model), "drawn": weights, "built": traced("flux", built)["latents"]},
     )
 
 
@@ -131,15 +190,21 @@ def _shapes(model: DiffusionModel) -> Shapes:
 def training(folder: Path) -> None:
     """Make two backward passes of each kind, and gather the gradients."""
     found = {}
-    for kind in ("fsdp2", "ddp"):
-        scheme = {"unet": {"_manager_type": kind, "activation_checkpointing": kind == "fsdp2"}}
+    for name, kind in (("fsdp2", "fsdp2"), ("ddp", "ddp"), ("at once", "fsdp2")):
+        scheme = {"unet": {"_manager_type": kind, "activation_checkpointing": name == "fsdp2"}}
+        if name == "at once":
+            scheme["unet"]["defer_fsdp_grad_sync"] = False
         model = DiffusionModel.from_pretrained(folder / "sd1", parallel_scheme=scheme, load_for_training=True)
         unet, manager = model.components["unet"].train(), model.managers["unet"]
+        exchanged = []
         for step in (0, 1):
             if kind == "fsdp2":
                 manager.before_backward(unet, last=step == 1)
             backward(unet, step, dist.get_rank())
-        found[kind] = {
+            # Not before the last pass are gradients in shards, unless they are exchanged in each.
+            exchanged.append(any(isinstance(each.grad, DTensor) for each in unet.parameters()))
+        assert exchanged == {"fsdp2": [False, True], "ddp": [False, False], "at once": [True, True]}[name]
+        found[name] = {
             path.removeprefix("module."): (each.grad.full_tensor() if kind == "fsdp2" else each.grad).clone()
             for path, each in unet.named_parameters()
             if each.grad is not None
@@ -174,10 +239,10 @@ def dtypes(part: nn.Module) -> dict[str, str]:
 
 
 def memory(folder: Path) -> None:
-    """Say the most that a rank had of a denoiser's parameters: while it was loaded, and while it ran."""
-    before = _anonymous()
-    with _Watch() as watch:
-        model = DiffusionModel.from_pretrained(folder / "dit", parallel_scheme={"transformer": {}})
+    """Say the most that a rank had of a denoiser's parameters: while it was loaded, ran, and was drawn."""
+    scheme, spec = {"transformer": {}}, {"transformer_cls": "DiTTransformer2DModel"}
+    with _Watch() as loading:
+        model = DiffusionModel.from_pretrained(folder / "dit", parallel_scheme=scheme)
     part = model.components["transformer"]
     whole = sum(each.numel() * each.element_size() for each in part.parameters())
     seen = [0]
@@ -189,7 +254,12 @@ def memory(folder: Path) -> None:
         block.register_forward_pre_hook(look)
         block.register_forward_hook(look)
     model.record(class_labels=[3], num_inference_steps=1, seed=0)
-    _keep(folder, "memory", {"whole": whole, "running": max(seen), "loading": watch.most - before})
+    with _Watch() as drawing:
+        drawn = DiffusionModel.from_config(folder / "dit", spec, seed=3, parallel_scheme=scheme)
+    weights = {path: each.full_tensor() for path, each in drawn.components["transformer"].named_parameters()}
+    torch.save(weights, folder / f"drawn-{dist.get_rank()}.pt")
+    most = {"running": max(seen), "loading": loading.most, "drawing": drawing.most}
+    _keep(folder, "memory", {"whole": whole, **most})
 
 
 def failing(folder: Path) -> None:
@@ -204,10 +274,13 @@ def killed(folder: Path) -> None:
 
 def _until_second_step(folder: Path, end: Any) -> None:
     model = DiffusionModel.from_pretrained(folder / "flux", parallel_scheme={"transformer": {}})
+    _run_until(model, folder, end, [1])
 
+
+def _run_until(model: DiffusionModel, folder: Path, end: Any, ranks: list[int]) -> None:
     class Listening:
         def started(self, row: Any) -> None:
-            if row.step == 1 and dist.get_rank() == 1:
+            if row.step == 1 and dist.get_rank() in ranks:
                 (folder / "failed").write_text(str(time.time()))
                 end()
 
@@ -217,11 +290,40 @@ def _until_second_step(folder: Path, end: Any) -> None:
     model.record(seed=0, listener=Listening(), **{**case.arguments, "num_inference_steps": 2000})
 
 
+def parting(folder: Path) -> None:
+    """Draw noise of no seed; fail alike and go on; then fail on one rank, which lives on."""
+    rank = int(os.environ["RANK"])
+    model = DiffusionModel.from_pretrained(folder / "flux", parallel_scheme={"transformer": {}})
+    settings = {**tiny.CASES["flux"].arguments, "num_inference_steps": STEPS, "output_type": "latent"}
+
+    def fail() -> None:
+        raise ArithmeticError("this rank fails")
+
+    for _ in range(2):
+        with suppress(ArithmeticError):
+            _run_until(model, folder, fail, [0, 1])
+    torch.manual_seed(rank)
+    found: dict[str, Any] = {"noise": model.record(**settings).latents, "errors": []}
+    for _ in range(2):
+        try:
+            with model.generate(seed=0, **{**settings, "num_inference_steps": 2000}) as run:
+                for _ in run.steps[:2]:
+                    pass
+                if rank == 1:
+                    (folder / "failed").write_text(str(time.time()))
+                    fail()
+        except Exception as error:  # noqa: BLE001 - this is a script that goes on
+            found["errors"].append(f"{type(error).__name__}: {error}")
+            found.setdefault("seconds", time.time() - float((folder / "failed").read_text()))
+    _keep(folder, "parting", found)
+
+
 class _Watch:
-    """The most anonymous memory this process had while the block ran, in bytes."""
+    """The most anonymous memory this process took while the block ran, in bytes."""
 
     def __enter__(self) -> _Watch:
-        self.most, self._done = 0, threading.Event()
+        ctypes.CDLL(None).malloc_trim(0)
+        self._before, self.most, self._done = _anonymous(), 0, threading.Event()
         self._thread = threading.Thread(target=self._look)
         self._thread.start()
         return self
@@ -232,7 +334,7 @@ class _Watch:
 
     def _look(self) -> None:
         while not self._done.wait(0.002):
-            self.most = max(self.most, _anonymous())
+            self.most = max(self.most, _anonymous() - self._before)
 
 
 def _anonymous() -> int:

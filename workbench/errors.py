@@ -13,6 +13,7 @@
     │   └── NotFiniteError    a change that makes infinities of finite values; step and site are named
     ├── GuardError            a setting of the model under which tracing would be wrong
     ├── BusyError             a second run on a model that is already running
+    ├── RankError             a run of several ranks that ended because another rank's failed
     └── RunStopped            the user pressed Stop; carries what was seen
 
 Each message says what was given, what would fit and what to do.
@@ -73,6 +74,10 @@ class GuardError(WorkbenchError):
 
 class BusyError(WorkbenchError):
     """A second run was asked of a model that is already running one."""
+
+
+class RankError(WorkbenchError):
+    """A run of several ranks ended because that of another one failed; the message has its error."""
 
 
 class RunStopped(WorkbenchError):

@@ -75,6 +75,7 @@ def test_a_configuration_that_comes_half_is_no_model(found, latents):
     met = faults["cut_off_early"]
     assert met["kind"] == "LoadError"
     assert met["said"].startswith(f"{hub.NAME} could not be fetched into {folder / 'cut_off_early'}: ")
+    assert re.search(rf"Not all is in .*/{hub.COMMIT} of unet\.", met["said"])
     assert torch.equal(torch.tensor(met["latents"]), latents)
 
 

@@ -7,12 +7,13 @@ from contextlib import suppress
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, PipelineQuantizationConfig, TorchAoConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from tests import tiny
 from workbench.errors import InputError, LoadError, UnknownNameError
+from workbench.interventions.patch import Patch
 from workbench.models.model import DiffusionModel
 from workbench.models.options import renamed
 
@@ -119,6 +120,26 @@ def test_a_dtype_for_each_component(saved):
 def test_what_an_option_cannot_be_is_said(saved, options, error, said):
     with pytest.raises(error, match=said):
         opened(saved, **options)
+
+
+def test_quantised_weights_are_traced_and_captured(saved):
+    quantization = pytest.importorskip("torchao.quantization")
+    config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    model = opened(
+        saved,
+        dtype=torch.float32,
+        quantization_config=PipelineQuantizationConfig(quant_mapping={"unet": config}),
+    )
+    layer = model.components["unet"].mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+    assert type(layer.weight).__name__ == "Int8Tensor"
+    settings = {"prompt": "a red circle", "seed": 0, "num_inference_steps": 2}
+    run = model.record(**settings, capture=["unet.mid_block"])
+    plain = opened(saved).record(**settings, capture=["unet.mid_block"])
+    difference = (run["unet.mid_block"] - plain["unet.mid_block"]).abs().max()
+    assert 0 < difference < 0.05 * plain["unet.mid_block"].abs().max()
+    assert torch.equal(run.fork(1).latents, run.latents)
+    patch = Patch("unet.mid_block", source=run)
+    assert torch.equal(model.record(**settings, interventions=[patch]).latents, run.latents)
 
 
 def test_a_variant_is_opened(folder):
@@ -336,6 +357,8 @@ def test_a_folder_with_code_of_its_own_is_opened_only_when_asked_for(folder, tmp
     index.write_text(index.read_text().replace('"StableDiffusionPipeline"', '["pipeline", "OwnPipeline"]'))
     with pytest.raises(InputError, match=r"Python code of its own.*trust_remote_code=True"):
         opened(folder)
+    with pytest.raises(InputError, match=r"dispatch=False reads configurations only, and code of .*Leave"):
+        DiffusionModel(folder, dispatch=False, trust_remote_code=True)
     assert not mark.exists()
     assert opened(folder, trust_remote_code=True).automodel.__name__ == "OwnPipeline"
     assert mark.exists()

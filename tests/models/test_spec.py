@@ -142,6 +142,9 @@ def test_a_spec_can_be_a_file_and_part_of_a_larger_one(folders, tmp_path):
 def test_what_is_no_spec_is_said_by_name(folders, spec, error, said):
     with pytest.raises(error, match=said):
         wb.DiffusionModel.from_config(folders["sd1"], spec)
+    if isinstance(spec, dict) and error is InputError and spec["subfolder"]:
+        with pytest.raises(InputError, match=said):
+            wb.PipelineSpec(**spec)
 
 
 @pytest.mark.parametrize(

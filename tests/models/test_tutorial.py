@@ -14,6 +14,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from PIL import Image
+from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import workbench as wb
@@ -97,10 +98,18 @@ def test_the_loop_of_stable_diffusion():
     text_encoder = CLIPTextModel.from_pretrained(STABLE, subfolder="text_encoder")
     unet = UNet2DConditionModel.from_pretrained(STABLE, subfolder="unet")
     scheduler = UniPCMultistepScheduler.from_pretrained(STABLE, subfolder="scheduler")
-    height = width = 64
-    guidance_scale = 3.0
 
-    def loop(prompt, generator=None, num_inference_steps=20):
+    torch_device = "cpu"
+    vae.to(torch_device)
+    text_encoder.to(torch_device)
+    unet.to(torch_device)
+
+    height, width = 64, 64
+    num_inference_steps = 20
+    guidance_scale = 3.0
+    batch_size = 1
+
+    def loop(prompt):
         text_input = tokenizer(
             prompt,
             padding="max_length",
@@ -109,16 +118,21 @@ def test_the_loop_of_stable_diffusion():
             return_tensors="pt",
         )
         with torch.no_grad():
-            text_embeddings = text_encoder(text_input.input_ids)[0]
+            text_embeddings = text_encoder(text_input.input_ids.to(torch_device))[0]
         max_length = text_input.input_ids.shape[-1]
-        uncond_input = tokenizer([""], padding="max_length", max_length=max_length, return_tensors="pt")
-        with torch.no_grad():
-            uncond_embeddings = text_encoder(uncond_input.input_ids)[0]
+        uncond_input = tokenizer(
+            [""] * batch_size, padding="max_length", max_length=max_length, return_tensors="pt"
+        )
+        uncond_embeddings = text_encoder(uncond_input.input_ids.to(torch_device))[0]
         text_embeddings = torch.cat([uncond_embeddings, text_embeddings])
-        latents = torch.randn((1, unet.config.in_channels, height // 4, width // 4), generator=generator)
+
+        latents = torch.randn(
+            (batch_size, unet.config.in_channels, height // 4, width // 4), device=torch_device
+        )
         latents = latents * scheduler.init_noise_sigma
+
         scheduler.set_timesteps(num_inference_steps)
-        for t in scheduler.timesteps:
+        for t in tqdm(scheduler.timesteps):
             latent_model_input = torch.cat([latents] * 2)
             latent_model_input = scheduler.scale_model_input(latent_model_input, timestep=t)
             with torch.no_grad():
@@ -126,8 +140,13 @@ def test_the_loop_of_stable_diffusion():
             noise_pred_uncond, noise_pred_text = noise_pred.chunk(2)
             noise_pred = noise_pred_uncond + guidance_scale * (noise_pred_text - noise_pred_uncond)
             latents = scheduler.step(noise_pred, t, latents).prev_sample
+
+        latents = 1 / vae.config.scaling_factor * latents
         with torch.no_grad():
-            return as_image(vae.decode(latents / vae.config.scaling_factor).sample)
+            image = vae.decode(latents).sample
+        image = (image / 2 + 0.5).clamp(0, 1).squeeze()
+        image = (image.permute(1, 2, 0) * 255).to(torch.uint8).cpu().numpy()
+        return Image.fromarray(image)
 
     parts = {
         "vae": vae,
@@ -136,7 +155,8 @@ def test_the_loop_of_stable_diffusion():
         "unet": unet,
         "scheduler": scheduler,
     }
-    plain = loop(["a red circle"], torch.Generator("cpu").manual_seed(0))
+    torch.manual_seed(0)
+    plain = loop(["a red circle"])
     model = wb.trace_loop(loop, components=parts)
     site = "unet.up_blocks.2"
     red = model.record("a red circle", seed=0, capture=[site])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 import time
@@ -129,6 +130,8 @@ def test_run_fills_the_views_and_patch_changes_the_image(name):
         assert bench.map.array()[row, 1] == np.float32(cell.towards)
         assert np.isfinite(bench.map.array()).sum() == 1
         assert [card["label"] for card in bench.images.cards] == ["source", "target", "patched", "Δ"]
+        bench._screen.draw_images(pair, dataclasses.replace(cell, towards=-0.004))
+        assert bench.images.note.startswith("towards source 0% · difference")
         assert as_bytes(bench.patched.images) != as_bytes(bench.target.images)
         assert [lane["label"] for lane in bench.scrubber.lanes] == ["source", "target", "patched"]
         assert f"{site!r}, source=source" in " ".join(bench.code.code.split())

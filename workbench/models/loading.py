@@ -223,7 +223,7 @@ def _lack(kind: Any, found: str, asked: Mapping[str, Any]) -> str:
                 lost.append(name)
     except WorkbenchError:
         return ""
-    return f"\nNot all is in {folder} of {', '.join(lost)}." if lost else ""
+    return options.lacking_of(folder, lost)
 
 
 def check_folder(kind: Any, folder: Path, asked: Mapping[str, Any]) -> tuple[str, ...]:

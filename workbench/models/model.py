@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -91,6 +92,7 @@ class DiffusionModel(Looking, PipelineMethods):
         self._trace: Trace | None = None
         self.shapes: dict[str, str] = {}
         self.managers: dict[str, Any] = {}
+        self._together: AbstractContextManager[Any] = nullcontext()
         self._parts: dict[str, weakref.ref[nn.Module]] = {}
         self._take_in_parts()
 
@@ -185,10 +187,9 @@ class DiffusionModel(Looking, PipelineMethods):
             reference: a zoo name, a folder or a Hub id; of the denoiser only the configuration is read.
             spec: what to build: a `PipelineSpec`, a dict, or the path of a YAML file with one.
             dtype: of the weights, a dtype of torch or its name; None is float32.
-            seed: of the weights; None leaves them to torch's own generator. Ranks that spread one model
-                need the same.
-            parallel_scheme: as in `from_pretrained`. Each rank makes the random weights whole before it
-                keeps its share.
+            seed: of the weights; None leaves them to torch's own generator, of the first rank where there are
+                several.
+            parallel_scheme: as in `from_pretrained`. A shard has the weights that one process would draw.
             device: where to move everything; None leaves it on the CPU, or where the scheme has it.
             **options: of ``from_pretrained``.
 
@@ -319,7 +320,8 @@ class DiffusionModel(Looking, PipelineMethods):
         Args:
             prompt: what the pipeline takes as its prompt; None for pipelines without one.
             seed: noise seed: one for all prompts (paired noise), or a list with one a sample; None
-                leaves the noise to the pipeline.
+                leaves the noise to the pipeline, which draws on every rank of a sharded model what it does
+                on the first.
             capture: sites to keep (``"unet.mid_block"``), and probes such as ``wb.Attention()``.
             interventions: changes to make, applied in order; a captured value is the changed one.
             listener: told of each call and tick; an exception it raises ends the run.
@@ -526,6 +528,12 @@ class DiffusionModel(Looking, PipelineMethods):
         self, prompt: Any, seed: Seed, arguments: Mapping[str, Any]
     ) -> tuple[RunSpec, dict[str, Any], int | None]:
         """Return the spec, the pipeline's keyword arguments and the number of samples."""
+        with self._in_lockstep():
+            return self._checked(prompt, seed, arguments)
+
+    def _checked(
+        self, prompt: Any, seed: Seed, arguments: Mapping[str, Any]
+    ) -> tuple[RunSpec, dict[str, Any], int | None]:
         self.dispatch()
         self._take_in_parts()
         given = dict(arguments) if prompt is None else {"prompt": prompt, **arguments}
@@ -539,6 +547,9 @@ class DiffusionModel(Looking, PipelineMethods):
             noise = single(seed) if by_hand else generators(seed, prompts=prompts, images=images)
             if not by_hand or checks.takes(self._loaded, "generator"):
                 call["generator"] = noise
+        elif "generator" not in call:
+            for manager in self.managers.values():
+                manager.share_noise()
         spec = RunSpec(model=self._reference, arguments=given, seed=normal(seed))
         samples = self._loaded.samples if isinstance(self._loaded, Loop) else None
         return spec, call, samples or prompts * images
@@ -580,6 +591,17 @@ class DiffusionModel(Looking, PipelineMethods):
                 "This model is already running. Wait for that run to end or stop it; two runs of one model "
                 "would mix their values."
             )
+        self._together = self._in_lockstep()
+        self._together.__enter__()
+
+    def _in_lockstep(self) -> AbstractContextManager[Any]:
+        """Return what ends a run of ours where another rank's failed."""
+        meshes = [each.device_mesh for each in self.managers.values() if hasattr(each, "device_mesh")]
+        if not meshes:
+            return nullcontext()
+        from workbench.models.parallel.lockstep import Lockstep
+
+        return Lockstep(meshes)
 
     def _end(self, session: Session) -> None:
         """Leave nothing of a run on the model; called twice, for an interrupt in the first."""
@@ -587,6 +609,7 @@ class DiffusionModel(Looking, PipelineMethods):
         if self._running.get("run") is session:
             self._trace = None
             del self._running["run"]
+            self._together.__exit__(*sys.exc_info())
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):

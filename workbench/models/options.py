@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from workbench.errors import InputError, LoadError, UnknownNameError, nearest
-from workbench.models.folder import INDEX, read_index
+from workbench.errors import InputError, LoadError, UnknownNameError, WorkbenchError, nearest
+from workbench.models.folder import INDEX, named_classes, part_folder, read_index
 
 _HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
@@ -98,7 +98,7 @@ def check(kind: Any, folder: str, options: Mapping[str, Any]) -> None:
                 f"custom_pipeline={custom!r} runs code that did not come with diffusers. If you trust it, "
                 "say so: trust_remote_code=True."
             )
-        if isinstance(named, list) or any(_own_code(folder, *each) for each in index.items()):
+        if brings_code(folder, index):
             raise InputError(
                 f"{folder} brings Python code of its own, which loading would run. If you trust it, say so: "
                 "trust_remote_code=True."
@@ -135,7 +135,29 @@ def texts(found: str, options: Mapping[str, Any], patterns: Sequence[str] = _TEX
     try:
         return Path(snapshot_download(found, allow_patterns=[*patterns], **asked_of_hub(options)))
     except Exception as error:
-        raise LoadError(unfetched(found, options, error)) from error
+        raise LoadError(unfetched(found, options, error, _unconfigured(found, options))) from error
+
+
+def _unconfigured(found: str, options: Mapping[str, Any]) -> str:
+    """Say of which parts of a repository the Hub's cache lacks the configuration, if it has the index."""
+    path = try_to_load_from_cache(found, INDEX, options.get("cache_dir"), options.get("revision"))
+    if not isinstance(path, str):
+        return ""
+    folder, lost = Path(path).parent, []
+    try:
+        for name, kind in named_classes(folder, read_index(folder)).items():
+            try:
+                part_folder(folder, name, kind)
+            except LoadError:
+                lost.append(name)
+    except WorkbenchError:
+        return ""
+    return lacking_of(folder, lost)
+
+
+def lacking_of(folder: Path, parts: Sequence[str]) -> str:
+    """Say what a folder has not all of."""
+    return f"\nNot all is in {folder} of {', '.join(parts)}." if parts else ""
 
 
 def unfetched(found: str, options: Mapping[str, Any], error: Exception, lack: str = "") -> str:
@@ -147,7 +169,14 @@ def unfetched(found: str, options: Mapping[str, Any], error: Exception, lack: st
     )
 
 
-def _own_code(folder: str, name: str, entry: Any) -> bool:
+def brings_code(folder: str | Path, index: Mapping[str, Any]) -> bool:
+    """Whether a pipeline or one of its parts is of a class that a folder brings along."""
+    return isinstance(index.get("_class_name"), list) or any(
+        _own_code(folder, *each) for each in index.items()
+    )
+
+
+def _own_code(folder: str | Path, name: str, entry: Any) -> bool:
     """Whether a component's class is one of a file beside its weights."""
     if not isinstance(entry, list) or not entry or not isinstance(entry[0], str):
         return False

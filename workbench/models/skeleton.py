@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from workbench.errors import LoadError
+from workbench.errors import InputError, LoadError
 from workbench.models.folder import (
     INDEX,
     kept_dtype,
@@ -21,7 +21,7 @@ from workbench.models.folder import (
     read_index,
 )
 from workbench.models.loading import dtypes_of, locate, opened_class, pipeline_class
-from workbench.models.options import check, texts
+from workbench.models.options import brings_code, check, texts
 
 
 class Skeleton:
@@ -39,7 +39,7 @@ class Skeleton:
 
     Raises:
         LoadError, UnknownNameError: it is no pipeline, or a part's class is not known.
-        InputError: a dtype that weights cannot have.
+        InputError: a dtype that weights cannot have, or code that is not diffusers'.
     """
 
     def __init__(self, reference: str, *, automodel: Any = None, **options: Any) -> None:
@@ -47,6 +47,11 @@ class Skeleton:
         folder = texts(found, options)
         check(kind, str(folder), options)
         index = read_index(folder)
+        if options.get("custom_pipeline") is not None or brings_code(folder, index):
+            raise InputError(
+                f"dispatch=False reads configurations only, and code of {reference}'s own can make anything "
+                "of them. Leave dispatch=False out."
+            )
         self.automodel: type = opened_class(folder, index, kind)
         classes = part_classes(folder, index, self.automodel, given=options)
         dtypes = _kept_on_hub(found, options) or dtypes_of(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pydantic
 import torch
@@ -20,8 +22,27 @@ from workbench.models.options import asked_of_hub, check, renamed
 _NAME = "pipeline_spec"
 
 
+class _Named(type):
+    """Says by name what a spec cannot be."""
+
+    def __call__(cls, *values: Any, **named: Any) -> Any:
+        try:
+            return super().__call__(*values, **named)
+        except pydantic.ValidationError as error:
+            wrong = error.errors()
+        known = [field.name for field in dataclasses.fields(cast("Any", cls))]
+        unknown = [str(each["loc"][0]) for each in wrong if each["type"] == "unexpected_keyword_argument"]
+        if unknown:
+            raise InputError(
+                f"A pipeline spec has no {', '.join(map(repr, unknown))}.{nearest(unknown[0], known)} "
+                f"Its keys are {', '.join(known)}."
+            )
+        said = "; ".join(f"{each['loc'][0]}={each['input']!r}: {each['msg']}" for each in wrong)
+        raise InputError(f"This is no pipeline spec: {said}.")
+
+
 @dataclass(config=pydantic.ConfigDict(extra="forbid", strict=True))
-class PipelineSpec:
+class PipelineSpec(metaclass=_Named):
     """What `DiffusionModel.from_config` builds; the keys are those of NeMo AutoModel.
 
     Attributes:
@@ -50,18 +71,7 @@ class PipelineSpec:
         """
         if not isinstance(values, Mapping):
             raise InputError(f"A pipeline spec is read from a dict, not {values!r}.")
-        known = [field.name for field in dataclasses.fields(cls)]
-        unknown = [str(key) for key in values if key not in known]
-        if unknown:
-            raise InputError(
-                f"A pipeline spec has no {', '.join(map(repr, unknown))}.{nearest(unknown[0], known)} "
-                f"Its keys are {', '.join(known)}."
-            )
-        try:
-            return cls(**values)
-        except pydantic.ValidationError as error:
-            wrong = "; ".join(f"{each['loc'][0]}={each['input']!r}: {each['msg']}" for each in error.errors())
-            raise InputError(f"This is no pipeline spec: {wrong}.") from None
+        return cls(**{str(key): value for key, value in values.items()})
 
     @classmethod
     def read(cls, given: PipelineSpec | Mapping[str, Any] | str | Path) -> PipelineSpec:
@@ -133,6 +143,7 @@ def build(
     *,
     dtype: torch.dtype | str | None = None,
     seed: int | None = None,
+    through: Callable[[Callable[[], nn.Module]], nn.Module] = operator.call,
     **options: Any,
 ) -> Any:
     """Make a pipeline whose denoiser has random weights.
@@ -142,6 +153,7 @@ def build(
         spec: what to build.
         dtype: of the weights, a dtype of torch or its name; None is float32.
         seed: of the weights; None leaves them to torch's own generator.
+        through: calls what makes the denoiser, and returns it.
         **options: of ``from_pretrained``.
 
     Raises:
@@ -160,10 +172,10 @@ def build(
             raise InputError(f"{', '.join(others)} is for a whole pipeline: load_full_pipeline=True.")
         alone = (Path(reference).expanduser() / spec.subfolder).is_dir()
         folder = str(Path(reference).expanduser()) if alone else locate(str(reference))
-        return Parts(**{spec.subfolder: _denoiser(folder, spec, kept, seed, asked)})
+        return Parts(**{spec.subfolder: through(partial(_denoiser, folder, spec, kept, seed, asked))})
     kind, folder = pipeline_class(spec.pipeline_cls or None), locate(str(reference))
     check(kind, folder, asked)
-    denoiser = _denoiser(folder, spec, kept, seed, asked)
+    denoiser = through(partial(_denoiser, folder, spec, kept, seed, asked))
     return from_pretrained(kind, folder, {**asked, "dtype": kept, spec.subfolder: denoiser})
 
 

@@ -88,9 +88,9 @@ class Screen:
             change = difference_image(cell.image, pair.target.images[0])
             cards.append(self._card("patched", cell.record))
             cards.append({"label": "Δ", "png": png(change), "caption": "patched − target", "badge": ""})
-            note = f"towards source {cell.towards:.0%} · difference {cell.difference:.3f}"
+            note = f"towards source {cell.towards:z.0%} · difference {cell.difference:.3f}"
             if pair.floor is not None:
-                note += f" · another seed: {pair.floor[0]:.0%}, {pair.floor[1]:.3f}"
+                note += f" · another seed: {pair.floor[0]:z.0%}, {pair.floor[1]:.3f}"
         with self.images.hold_sync():
             self.images.cards = cards
             self.images.note = note

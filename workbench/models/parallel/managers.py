@@ -120,6 +120,16 @@ class FSDP2Manager:
             checkpoint_activations(module)
         return module
 
+    def share_noise(self) -> None:
+        """Let every rank draw from torch's own generators what the first one draws; all ranks call it."""
+        generators: list[Any] = [torch]
+        if self.device_mesh.device_type == "cuda":
+            generators.append(torch.cuda)
+        states = [each.get_rng_state() for each in generators]
+        dist.broadcast_object_list(states, src=0)
+        for each, state in zip(generators, states, strict=True):
+            each.set_rng_state(state)
+
     def before_backward(self, module: nn.Module, *, last: bool) -> None:
         """Say whether this is the last of several backward passes before the optimiser's step."""
         if isinstance(module, FSDPModule) and self.scheme.defer_fsdp_grad_sync:
@@ -147,6 +157,9 @@ class DDPManager:
             checkpoint_activations(module)
         device = next(module.parameters()).device
         return Replica(module, device_ids=[device] if device.type == "cuda" else None)
+
+    def share_noise(self) -> None:
+        """Do nothing: a rank with a whole copy may run alone, with noise of its own."""
 
 
 def check_trainable(module: nn.Module) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import operator
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ from workbench.models import loading
 from workbench.models.folder import part_classes, part_folder, read_index
 from workbench.models.options import check, renamed, texts
 from workbench.models.parallel import schemes
+from workbench.models.parallel.drawing import draw
 from workbench.models.parallel.managers import (
+    FSDP2Manager,
     Manager,
     check_trainable,
     choose_device,
@@ -63,20 +67,9 @@ def open_spread(
             and not load_for_training
         ):
             check_trainable(asked[name])
-    made = {}
-    folder = loading.fetched(kind, found, asked)
-    loading.check_folder(kind, folder, asked)
-    dtypes = loading.dtypes_of(asked.get("dtype"), folder, read_index(folder), asked.get("variant"))
-    for name, (scheme, manager) in planned.items():
-        if not isinstance(scheme, schemes.FSDP2) or name in asked:
-            continue
-        part, dtype = part_folder(folder, name, classes[name]), dtypes.get(name, dtypes["default"])
-        module = unfilled(classes[name], part, dtype, uniform=load_for_training and name in chosen)
-        if not hasattr(classes[name], "load_config") and not has_all(module, part, asked.get("variant")):
-            # Files whose names transformers changes as it reads them it loads by itself, and whole.
-            continue
-        made[name] = manager.parallelize(module)
-        fill(module, part, device=scheme.keeps_on(where), variant=asked.get("variant"))
+    made = _read_in_shards(
+        kind, found, asked, classes, planned, where, trained=chosen if load_for_training else ()
+    )
     pipeline = loading.from_pretrained(kind, found, {**asked, **made}, whole=whole)
     _shard(pipeline, {name: each for name, each in planned.items() if name not in made})
     return pipeline, _settle(pipeline, planned, where, chosen, move_to_device, load_for_training)
@@ -97,54 +90,69 @@ def build_spread(
 ) -> tuple[Any, dict[str, Manager]]:
     """Build a denoiser with random weights; see `DiffusionModel.from_config`.
 
-    What can be refused is refused before anything is built. Each rank makes the weights whole before it keeps
-    its share.
+    What can be refused is refused before anything is built.
 
     Returns:
         The pipeline, and the manager of each component that is spread.
     """
     spec.validate_for_from_config()
-    modules = [spec.subfolder]
+    found, asked, modules = str(reference), renamed(options), [spec.subfolder]
+    classes: dict[str, Any] = {}
+    kind = loading.pipeline_class(spec.pipeline_cls or None)
     if spec.load_full_pipeline:
-        asked, kind = renamed(options), loading.pipeline_class(spec.pipeline_cls or None)
-        classes = _classes(texts(loading.locate(str(reference)), asked), kind, asked)
+        found = loading.locate(found)
+        classes = _classes(texts(found, asked), kind, asked)
         modules += [
             name for name, cls in classes.items() if isinstance(cls, type) and issubclass(cls, nn.Module)
         ]
-    where = choose_device(device)
-    chosen = None if components_to_load is None else _chosen(components_to_load, modules)
-    _check_planned(parallel_scheme, modules, where)
-    pipeline = build(reference, spec, dtype=dtype, seed=seed, **options)
-    managers = spread(
-        pipeline,
-        parallel_scheme=parallel_scheme,
-        device=device,
-        move_to_device=move_to_device,
-        load_for_training=load_for_training,
-        components_to_load=chosen,
-    )
-    return pipeline, managers
-
-
-def spread(
-    pipeline: Any,
-    *,
-    parallel_scheme: ParallelScheme | None = None,
-    device: torch.device | str | None = None,
-    move_to_device: bool = True,
-    load_for_training: bool = False,
-    components_to_load: Iterable[str] | None = None,
-) -> dict[str, Manager]:
-    """Spread components of a pipeline that has its weights already; returns their managers."""
-    modules = [name for name, part in pipeline.components.items() if isinstance(part, nn.Module)]
-    where = choose_device(device)
-    chosen = _chosen(components_to_load, modules)
+    where, chosen = choose_device(device), _chosen(components_to_load, modules)
     planned = _planned(parallel_scheme, modules, where)
-    _shard(pipeline, planned)
-    return _settle(pipeline, planned, where, chosen, move_to_device, load_for_training)
+    others = {name: each for name, each in planned.items() if name != spec.subfolder}
+    _check_quantised(asked, others)
+    made = {}
+    if others:
+        given = {**asked, spec.subfolder: None, "dtype": torch.float32 if dtype is None else dtype}
+        trained = chosen if load_for_training else ()
+        made = _read_in_shards(kind, found, given, classes, others, where, trained=trained)
+    through: Callable[[Callable[[], nn.Module]], nn.Module] = operator.call
+    scheme, manager = planned.get(spec.subfolder, (None, None))
+    if isinstance(scheme, schemes.FSDP2):
+        assert isinstance(manager, FSDP2Manager)
+        through = partial(draw, manager=manager, device=scheme.keeps_on(where))
+    pipeline = build(reference, spec, dtype=dtype, seed=seed, through=through, **options, **made)
+    _shard(pipeline, {name: each for name, each in others.items() if name not in made})
+    return pipeline, _settle(pipeline, planned, where, chosen, move_to_device, load_for_training)
 
 
 Planned = dict[str, tuple[schemes.Scheme, Manager]]
+
+
+def _read_in_shards(
+    kind: Any,
+    found: str,
+    asked: Mapping[str, Any],
+    classes: Mapping[str, Any],
+    planned: Planned,
+    device: torch.device,
+    *,
+    trained: Collection[str],
+) -> dict[str, nn.Module]:
+    """Make the components that are sharded and not given, each rank reading its share of their weights."""
+    made = {}
+    folder = loading.fetched(kind, found, asked)
+    loading.check_folder(kind, folder, asked)
+    dtypes = loading.dtypes_of(asked.get("dtype"), folder, read_index(folder), asked.get("variant"))
+    for name, (scheme, manager) in planned.items():
+        if not isinstance(scheme, schemes.FSDP2) or name in asked:
+            continue
+        part, dtype = part_folder(folder, name, classes[name]), dtypes.get(name, dtypes["default"])
+        module = unfilled(classes[name], part, dtype, uniform=name in trained)
+        if not hasattr(classes[name], "load_config") and not has_all(module, part, asked.get("variant")):
+            # Files whose names transformers changes as it reads them it loads by itself, and whole.
+            continue
+        made[name] = manager.parallelize(module)
+        fill(module, part, device=scheme.keeps_on(device), variant=asked.get("variant"))
+    return made
 
 
 def _shard(pipeline: Any, planned: Planned) -> None:
@@ -163,28 +171,17 @@ def _check_quantised(asked: Mapping[str, Any], planned: Planned) -> None:
         )
 
 
-def _check_planned(
-    given: ParallelScheme | None, modules: list[str], device: torch.device
-) -> tuple[dict[str, schemes.Scheme], int]:
-    """Read and check a scheme; return it by component, and the number of ranks."""
+def _planned(given: ParallelScheme | None, modules: list[str], device: torch.device) -> Planned:
+    """Read and check a scheme, then join the ranks: nothing has been loaded when one entry is refused."""
     read = schemes.read(given or {}, modules)
     if not read:
-        return {}, 1
+        return {}
     backends = {scheme.backend for scheme in read.values() if scheme.backend is not None}
     if len(backends) > 1:
         raise InputError(f"All components share one process group; its backend is one of {sorted(backends)}.")
     world = ranks()
     for name, scheme in read.items():
         scheme.check(name, world, device)
-    return read, world
-
-
-def _planned(given: ParallelScheme | None, modules: list[str], device: torch.device) -> Planned:
-    """Read and check a scheme, then join the ranks: nothing has been loaded when one entry is refused."""
-    read, world = _check_planned(given, modules, device)
-    if not read:
-        return {}
-    backends = [scheme.backend for scheme in read.values() if scheme.backend is not None]
     connect(next(iter(backends), None), device)
     return {name: (scheme, make_manager(name, scheme, world, device)) for name, scheme in read.items()}
 

@@ -80,7 +80,8 @@ class FSDP2(Scheme):
         sequence_parallel: allow ``"sequence"`` in the plan: norms on a part of the sequence each.
         tp_plan: by path in the component, ``*`` for any part of it, ``"colwise"``, ``"rowwise"``,
             ``"sequence"`` or a ``ParallelStyle`` of torch.
-        offload_policy: keep shards in the CPU's memory; True is torch's ``CPUOffloadPolicy()``.
+        offload_policy: keep shards in the CPU's memory; True is torch's ``CPUOffloadPolicy``, with pinned
+            memory where there is an accelerator.
         defer_fsdp_grad_sync: exchange gradients only in the last of several backward passes.
     """
 
@@ -116,6 +117,11 @@ class FSDP2(Scheme):
                 raise UnknownNameError(f"{component}: no style {style!r} at {path}.{nearest(style, STYLES)}")
             if style == "sequence" and not self.sequence_parallel:
                 raise InputError(f"{component}: 'sequence' at {path} needs sequence_parallel=True.")
+        if getattr(self.offloading, "pin_memory", False) and not torch.accelerator.is_available():
+            raise InputError(
+                f"{component}: offload_policy={self.offload_policy} pins memory, and there is no accelerator "
+                "to pin it for: CPUOffloadPolicy(pin_memory=False), or True."
+            )
         sizes = self.sizes(component, world)
         if sizes["dp_replicate"] * sizes["dp_shard"] == 1 and (self.mp_policy or self.offload_policy):
             raise InputError(
@@ -156,7 +162,8 @@ class FSDP2(Scheme):
         """The policy of torch for where shards are kept."""
         if isinstance(self.offload_policy, OffloadPolicy):
             return self.offload_policy
-        return CPUOffloadPolicy() if self.offload_policy else OffloadPolicy()
+        pinned = torch.accelerator.is_available()
+        return CPUOffloadPolicy(pin_memory=pinned) if self.offload_policy else OffloadPolicy()
 
 
 STYLES = ("colwise", "rowwise", "sequence")

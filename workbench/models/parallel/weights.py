@@ -55,7 +55,7 @@ def fill(module: nn.Module, folder: Path, *, device: torch.device, variant: str 
                 continue
             if parameter not in made:
                 tensor = _read(where, f"{path}.{name}".lstrip("."), parameter.shape, folder)
-                made[parameter] = _placed(tensor, parameter, device)
+                made[parameter] = placed(tensor, parameter, device)
             owner._parameters[name] = made[parameter]
         for name, buffer in list(owner._buffers.items()):
             if buffer is None:
@@ -90,7 +90,7 @@ def _read(where: Mapping[str, Path], key: str, shape: torch.Size, folder: Path) 
     return tensor
 
 
-def _placed(tensor: torch.Tensor, like: Any, device: torch.device) -> nn.Parameter:
+def placed(tensor: torch.Tensor, like: Any, device: torch.device) -> nn.Parameter:
     """Return this rank's part of a tensor as a parameter that lies as ``like`` does."""
     if not isinstance(like, DTensor):
         return nn.Parameter(tensor.to(device, like.dtype, copy=True), requires_grad=like.requires_grad)
