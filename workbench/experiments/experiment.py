@@ -460,10 +460,6 @@ def _all(forks: Sequence[Fork]) -> list[Fork]:
 
 def _check_forks(forks: Sequence[Fork], before: Sequence[Any], step: int = 0) -> None:
     for number, fork in enumerate(forks):
-        if fork.says_nothing():
-            raise ValueError(
-                f"fork {number} changes nothing: prompt, guidance_scale, arguments, interventions"
-            )
         if fork.step < step:
             raise ValueError(
                 f"fork {number}, at step {fork.step}, leaves a branch that begins at step {step}"

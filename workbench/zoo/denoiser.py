@@ -126,20 +126,24 @@ def encode_pool(
         twins: share of them that are two objects of one colour and shape.
         chunk: how many are encoded at a time.
     """
-    rng = np.random.default_rng(seed)
-    scenes = [
-        sample(rng, twins=True)
-        if rng.random() < twins
-        else sample(rng, objects=2 if rng.random() < pairs else None)
-        for _ in range(count)
-    ]
-    parts = []
+    scenes, parts = draw_scenes(count, seed, pairs, twins), []
     for start in range(0, count, chunk):
         images = to_tensor(render_many(scenes[start : start + chunk]))
         with mixed_precision():
             mean = vae.encode(images).latent_dist.mean
         parts.append(mean.float() * vae.config.scaling_factor)
     return Pool(scenes, torch.cat(parts))
+
+
+def draw_scenes(count: int, seed: int, pairs: float, twins: float) -> list[Scene]:
+    """Draw the scenes of a pool; as `encode_pool`."""
+    rng = np.random.default_rng(seed)
+    return [
+        sample(rng, twins=True)
+        if rng.random() < twins
+        else sample(rng, objects=2 if rng.random() < pairs else None)
+        for _ in range(count)
+    ]
 
 
 @dataclass(frozen=True)

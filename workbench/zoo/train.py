@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from diffusers import (
+    AutoencoderKL,
     DDPMPipeline,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -31,12 +32,14 @@ from workbench.errors import InputError, nearest
 from workbench.zoo import path
 from workbench.zoo.autoencoder import load_or_train
 from workbench.zoo.denoiser import (
+    Pool,
     assemble,
     build_scheduler,
     build_text_encoder,
     build_unet,
     denoising_loss,
     draw_batch,
+    draw_scenes,
     encode_pool,
 )
 from workbench.zoo.export import export
@@ -127,7 +130,7 @@ def train_shapes_unet(
         export(assemble(vae, encoder, denoiser, tokenizer), out / "export")
 
     write()
-    pool = encode_pool(vae, recipe.scenes, recipe.seed + 2, pairs=recipe.pairs, twins=recipe.twins)
+    pool = _pool(out, vae, recipe)
     log.info("%d scenes encoded, latents' deviation %.3f", len(pool.scenes), float(pool.latents.std()))
 
     def loss(step: int) -> Tensor:
@@ -136,6 +139,19 @@ def train_shapes_unet(
 
     training.run(loss, out / "denoiser.pt", write)
     return out / "export"
+
+
+def _pool(out: Path, vae: AutoencoderKL, recipe: Recipe) -> Pool:
+    """Return what is trained on, encoded once: a run that goes on reads it again."""
+    drawn = {name: getattr(recipe, name) for name in ("scenes", "seed", "pairs", "twins")}
+    kept = out / "pool.pt"
+    found = torch.load(kept, weights_only=True) if kept.exists() else {}
+    if found.get("drawn") == drawn:
+        scenes = draw_scenes(recipe.scenes, recipe.seed + 2, recipe.pairs, recipe.twins)
+        return Pool(scenes, found["latents"])
+    pool = encode_pool(vae, recipe.scenes, recipe.seed + 2, pairs=recipe.pairs, twins=recipe.twins)
+    torch.save({"drawn": drawn, "latents": pool.latents}, kept)
+    return pool
 
 
 def train_shapes_planted(out: Path, recipe: Recipe, start: Path | None = None) -> Path:
@@ -171,7 +187,7 @@ def train_shapes_mmdit(out: Path, recipe: Recipe, start: Path | None = None) -> 
         export(assemble_mmdit(vae, averaged, denoiser, tokenizer), out / "export")
 
     write()
-    pool = encode_pool(vae, recipe.scenes, recipe.seed + 2, pairs=recipe.pairs, twins=recipe.twins)
+    pool = _pool(out, vae, recipe)
 
     def loss(step: int) -> Tensor:
         silent = silent_rows(step)
