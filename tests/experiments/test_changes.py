@@ -144,7 +144,7 @@ def test_branches_leave_the_changed_run_and_each_other(model):
     edits = [*outcome.patched.spec.interventions, wb.Ablate(MIDDLE, steps=(2,))]
     assert as_bytes(second.record.images) == as_bytes(outcome.patched.fork(2, interventions=edits).images)
     images = [outcome.patched, first.record, first.branches[0].record, second.record]
-    assert len({as_bytes(each.images) for each in images}) == 4
+    assert len({each.images[0].tobytes() for each in images}) == 4
     with pytest.raises(InputError, match="a fork changes something"):
         grown.fork(1)
 

@@ -327,7 +327,7 @@ def test_what_cannot_be_edited_says_so():
         (lambda: wb.InjectAttention(source="run"), InputError, "no record"),
         (lambda: wb.Ablate(CROSS, heads=[0]), InputError, "no heads to choose from"),
         (lambda: wb.Ablate(f"{CROSS}:heads", heads=[]), InputError, "heads=.*empty"),
-        (lambda: wb.Scale(CROSS, factor=float("nan")), InputError, "no number"),
+        (lambda: wb.Scale(CROSS, factor=float("nan")), InputError, "no finite number"),
         (lambda: wb.Reweight("", words={"red": 2.0}), InputError, "no path"),
     ]
     for make, error, said in cases:

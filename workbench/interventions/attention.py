@@ -354,8 +354,17 @@ class _Acting:
 
     def check(self) -> None:
         """Refuse a run in which there was nothing to edit."""
-        if not self.acted:
+        if not self.acted and not self._acted_before():
             raise OutOfOrderError(
                 f"{self.edit!r} changed nothing: none of the layers it names has that attention in its steps "
                 f"and in branch {self.edit.branch!r}."
             )
+
+    def _acted_before(self) -> bool:
+        """Whether it had its moment in the steps that a fork repeats, of which no layer is called."""
+        replay, total = self.session.replay, self.session.clock.total_steps
+        repeated = [row for row in self.session.clock.ledger if replay is not None and replay.covers(row)]
+        return any(
+            covers(self.edit.steps, row, total) and row.has(self.edit.branch)  # type: ignore[arg-type]
+            for row in repeated
+        )
