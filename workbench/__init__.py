@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from workbench.attention.request import Attention as Attention
     from workbench.experiments.editing import prompt_to_prompt as prompt_to_prompt
     from workbench.experiments.experiment import Experiment as Experiment
+    from workbench.experiments.measure import metric as metric
     from workbench.interventions.attach import Attach as Attach
     from workbench.interventions.attention import ForceMap as ForceMap
     from workbench.interventions.attention import InjectAttention as InjectAttention
@@ -59,6 +60,7 @@ _HOMES = {
     "Workbench": "workbench.widgets.app",
     "errors": "workbench.errors",
     "load_record": "workbench.tracing.storage.saved",
+    "metric": "workbench.experiments.measure",
     "daam": "workbench.attention.methods",
     "component_tree": "workbench.widgets.views",
     "prompt_to_prompt": "workbench.experiments.editing",
@@ -92,6 +94,7 @@ __all__ = [
     "daam",
     "errors",
     "load_record",
+    "metric",
     "prompt_to_prompt",
     "save_html",
     "step_scrubber",
