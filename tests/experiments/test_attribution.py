@@ -182,6 +182,13 @@ def test_between_runs_that_their_noise_tells_apart_there_is_no_way(runs):
         attribute(PLAIN, other, target, SITES, points=2)
 
 
+def test_between_runs_that_end_alike_there_is_no_way(runs):
+    _, _, target = runs
+    with pytest.raises(InputError, match="end alike"):
+        attribute(PLAIN, target, target, SITES)
+    assert attribute(PLAIN, target, target, SITES, of=torch.mean).values.tolist() == [[0] * 4] * 3
+
+
 def test_agreement_is_of_ranks():
     agreement = Agreement("1", ((0, 0), (0, 1), (1, 0)), np.array([1.0, 2.0, 9.0]), np.array([3.0, 5.0, 6.0]))
     assert agreement.correlation == pytest.approx(1)

@@ -7,7 +7,7 @@ arXiv:2310.10348). One backward pass has the derivatives of every site and step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -126,8 +126,8 @@ def attribute(
         listener: told how the runs go on.
 
     Raises:
-        InputError: a result that the runs do not have, a number without a graph, too many to check, or
-            several points between runs that only their noise tells apart.
+        InputError: a result that the runs do not have or that is the same in both, a number without a graph,
+            too many to check, or several points between runs that only their noise tells apart.
         UnknownNameError: the model has no such site, or there is no such window.
     """
     found = tuple(Site.parse(each) for each in sites)
@@ -135,6 +135,8 @@ def attribute(
         raise InputError("sites is empty. Name the rows of the map: ['unet.mid_block'].")
     branch = branch if branch in target.ledger.branches else "all"
     before, wanted = _result(target, result), _result(source, result)
+    if of is None and torch.equal(before, wanted):
+        raise InputError("Source and target end alike, so nothing is on the way from one to the other.")
     number = partial(_towards, target=before, source=wanted) if of is None else of
     first, count = experiment.source_from, target.ledger.steps
     steps = range(first, count)
@@ -159,15 +161,29 @@ def attribute(
     made = Attribution(found, values / points)
     if not cells:
         return made
+    start = float(number(before))
+    patched = _patched(experiment, source, target, patches, listener)
+    exact = np.array([float(number(_result(record, result))) - start for record in patched])
+    estimated = np.array([made.over(window)[cell] for cell in cells])
+    return replace(made, agreement=Agreement(window, cells, exact, estimated))
+
+
+def _patched(
+    experiment: Experiment,
+    source: Record,
+    target: Record,
+    patches: Sequence[PatchSpec],
+    listener: Listener | None,
+) -> Iterator[Record]:
+    """Yield a run with each patch, the source run once more for all their sites."""
+    first, branch = experiment.source_from, patches[0].branch
+    steps = range(first, target.ledger.steps)
     kept = [Capture(site, steps=steps, branch=branch) for site in {patch.site: None for patch in patches}]
     again = source.fork(first, capture=kept, listener=listener)
-    exact = []
     for patch in patches:
         record = experiment.model_copy(update={"patches": (patch,)}).patch(again, target, listener=listener)
         assert record is not None
-        exact.append(float(number(_result(record, result)) - number(before)))
-    estimated = np.array([made.over(window)[cell] for cell in cells])
-    return replace(made, agreement=Agreement(window, cells, np.array(exact), estimated))
+        yield record
 
 
 def _sample(sites: int, steps: range, count: int, seed: int) -> tuple[tuple[int, int], ...]:
