@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from workbench.attention.request import Attention as Attention
     from workbench.experiments.editing import prompt_to_prompt as prompt_to_prompt
     from workbench.experiments.experiment import Experiment as Experiment
+    from workbench.experiments.measure import metric as metric
+    from workbench.experiments.text_lens import lens as lens
+    from workbench.experiments.text_lens import padding_lens as padding_lens
     from workbench.interventions.attach import Attach as Attach
     from workbench.interventions.attention import ForceMap as ForceMap
     from workbench.interventions.attention import InjectAttention as InjectAttention
@@ -60,7 +63,10 @@ _HOMES = {
     "Stream": "workbench.tracing.storage.stream",
     "Workbench": "workbench.widgets.app",
     "errors": "workbench.errors",
+    "lens": "workbench.experiments.text_lens",
     "load_record": "workbench.tracing.storage.saved",
+    "metric": "workbench.experiments.measure",
+    "padding_lens": "workbench.experiments.text_lens",
     "daam": "workbench.attention.methods",
     "component_tree": "workbench.widgets.views",
     "prompt_to_prompt": "workbench.experiments.editing",
@@ -94,7 +100,10 @@ __all__ = [
     "component_tree",
     "daam",
     "errors",
+    "lens",
     "load_record",
+    "metric",
+    "padding_lens",
     "prompt_to_prompt",
     "save_html",
     "step_scrubber",

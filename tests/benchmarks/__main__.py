@@ -16,7 +16,16 @@ from pathlib import Path
 
 import torch
 
-from tests.benchmarks import attention, first_image, gradients, overhead, patching, scrub_rate, trees
+from tests.benchmarks import (
+    attention,
+    attribution,
+    first_image,
+    gradients,
+    overhead,
+    patching,
+    scrub_rate,
+    trees,
+)
 from tests.benchmarks.table import Row, Setting, as_text, page, section
 
 README = Path(__file__).parent / "README.md"
@@ -26,6 +35,7 @@ SECTIONS = {
     "Looking": overhead.rows,
     "Patching": patching.rows,
     "Derivatives": gradients.rows,
+    "Experiments": attribution.rows,
     "Attention": attention.rows,
     "Starting": first_image.rows,
     "Component trees": trees.rows,

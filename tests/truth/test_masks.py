@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from workbench.experiments.metrics import iou
 from workbench.truth.__main__ import circle_prompts
-from workbench.truth.masks import iou, largest
+from workbench.truth.masks import largest
 
 BOX = np.zeros((4, 6), bool)
 BOX[1:3, 1:4] = True

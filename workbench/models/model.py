@@ -31,7 +31,7 @@ from workbench.models.proxy import Home, ModuleProxy, proxy
 from workbench.models.shapes import Shapes
 from workbench.models.skeleton import Skeleton
 from workbench.models.spec import PipelineSpec, build
-from workbench.tracing.gradient import Differentiation, Gradient
+from workbench.tracing.gradient import Differentiation, Gradient, Values
 from workbench.tracing.graph import Graph
 from workbench.tracing.record import Record, RunSpec
 from workbench.tracing.replay import Replay
@@ -378,19 +378,12 @@ class DiffusionModel(Looking, PipelineMethods):
             OutOfOrderError: the result, or no activation, passed.
         """
         spec, call, rows = self._plan(prompt, seed, arguments)
+        taps = Values([wrt] if isinstance(wrt, (str, Site)) else list(wrt), steps)
         probe = Differentiation(
-            of,
-            wrt=[wrt] if isinstance(wrt, (str, Site)) else list(wrt),
-            steps=steps,
-            result=result or self._default_result(),
-            result_step=result_step,
+            of, taps=taps, result=result or self._default_result(), result_step=result_step
         )
-        edits = asked.changes(interventions)
-        spec = spec.model_copy(update={"interventions": tuple(edits)})
-        session = Session(self._system(), call, spec, rows=rows, edits=[*edits, probe.taps], probes=[probe])
-        self._perform(session)
-        assert probe.gradient is not None
-        return probe.gradient
+        record = self._run(spec, call, rows, [probe], interventions, None, replay=None)
+        return Gradient(probe.value, record, taps.derivatives)
 
     def trace_loop(
         self,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -50,67 +51,110 @@ class Gradient:
         return f"Gradient({self.value:.6g} by {', '.join(self.sites)})"
 
 
-class _Taps:
-    """An edit that changes nothing, and through whose values the derivatives are taken."""
+class Taps(Protocol):
+    """An edit that changes nothing, and at whose values a derivative is looked at."""
 
-    def __init__(self, sites: Sequence[Site], steps: Any) -> None:
-        self.sites = tuple(sites)
-        self.steps = steps
-        self.held: list[tuple[Site, Row, torch.Tensor]] = []
-        self.session: Session | None = None
+    steps: Any
+    """In which steps, in the form of `workbench.tracing.steps.normal`."""
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites of the values."""
+
+    def apply(self, site: Site, value: torch.Tensor, row: Row | None, total: int | None) -> torch.Tensor:
+        """Return a value that is the same and has a graph."""
+
+    def begin(self, session: Session) -> None:
+        """A run begins."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether there was any value."""
+
+    def back(self, number: torch.Tensor) -> None:
+        """Go back through the graph, from a number of the run's result."""
+
+
+class Values:
+    """Taps that keep the derivative with respect to each value, by site."""
+
+    def __init__(self, sites: Sequence[str | Site], steps: Steps) -> None:
+        self.sites = tuple(Site.parse(each) for each in sites)
+        self.steps = normal(steps)
+        self.derivatives: dict[str, list[Passage]] = {str(site): [] for site in self.sites}
+        self._held: list[tuple[Site, Row, torch.Tensor]] = []
+        self._session: Session | None = None
+        if not self.sites:
+            raise InputError("wrt is empty. Name the sites whose derivatives are wanted.")
+
+    def begin(self, session: Session) -> None:
+        """Note the run, which says what is computed again."""
+        self._session = session
 
     def apply(self, site: Site, value: torch.Tensor, row: Row | None, total: int | None) -> torch.Tensor:
         """Hold a value, and let the run go on with a copy: no later in-place edit reaches what is held."""
         if row is None or not covers(self.steps, row, total) or not torch.is_grad_enabled():
             return value
         held = value if value.requires_grad else value.detach().requires_grad_()
-        if self.session is not None and not self.session.recomputing:
-            self.held.append((site, row, held))
+        if self._session is not None and not self._session.recomputing:
+            self._held.append((site, row, held))
         return held.clone()
+
+    @property
+    def passed(self) -> bool:
+        """Whether any value is held."""
+        return bool(self._held)
+
+    def back(self, number: torch.Tensor) -> None:
+        """Keep the derivative of ``number`` with respect to every value held."""
+        found = torch.autograd.grad(number, [value for _, _, value in self._held], allow_unused=True)
+        for (site, row, value), gradient in zip(self._held, found, strict=True):
+            kept = keep_tensor(torch.zeros_like(value) if gradient is None else gradient)
+            self.derivatives[str(site)].append(Passage(row.call, kept, row.only))
 
 
 class Differentiation:
-    """A probe that takes the derivative when the run has come to its result.
+    """A probe that goes back through a run when it has come to its result.
 
     Args:
         of: makes the number of the result: a tensor without dimensions.
-        wrt: the sites of the activations.
-        steps: the steps of the activations; None is every step.
+        taps: what looks at the derivatives.
         result: what ``of`` is given: a site, or ``"pred_x0"``; of several that pass, the last.
         result_step: take the result as this step leaves it, and end the run there; None is at the end.
+
+    Attributes:
+        value: the number, when the run has ended.
     """
 
     def __init__(
         self,
         of: Callable[[torch.Tensor], torch.Tensor],
         *,
-        wrt: Sequence[str | Site],
-        steps: Steps,
+        taps: Taps,
         result: str | Site,
         result_step: int | None,
     ) -> None:
         if not callable(of):
             raise InputError(f"of={of!r} is no function. Give one that makes a number of the result.")
         self.of = of
-        self.taps = _Taps([Site.parse(each) for each in wrt], normal(steps))
-        if not self.taps.sites:
-            raise InputError("wrt is empty. Name the sites whose derivatives are wanted.")
+        self.taps = taps
+        self.edits = (taps,)
         self.name = str(result)
         self.sites = () if self.name == PRED_X0 else (Site.parse(result),)
         self.until = None if result_step is None else normal(result_step)
-        self.gradient: Gradient | None = None
+        self.value = math.nan
         self._result: torch.Tensor | None = None
-        self._graph = Graph(_from_first(self.taps.steps), recompute=True)
+        self._graph = Graph(_from_first(taps.steps), recompute=True)
 
     @contextmanager
     def watching(self, session: Session) -> Iterator[None]:
         """Keep the graph; at the end of the run, while all hooks are still there, go back through it."""
         session.clock.ticked.append(lambda tick, _: self._ticked(session, tick))
-        self.taps.session = session
+        self.taps.begin(session)
         with self._graph.watching(session):
             with suppress(_ResultReached):
                 yield
-            self.gradient = self._derive(session)
+            self._go_back()
 
     def take(self, session: Session, site: Site, value: Any) -> None:
         """Note the result as it passes."""
@@ -134,14 +178,14 @@ class Differentiation:
         if self.until is not None and self._result is not None and _last_of_step(session, row):
             raise _ResultReached
 
-    def _derive(self, session: Session) -> Gradient:
-        result, held = self._result, self.taps.held
+    def _go_back(self) -> None:
+        result, self._result = self._result, None
         if result is None:
             raise OutOfOrderError(
                 f"{self.name} never passed in this run, so there is no result. Name what does: "
                 "'latents', 'noise_pred', 'pred_x0', or a site."
             )
-        if not held:
+        if not self.taps.passed:
             raise OutOfOrderError(
                 f"{', '.join(map(str, self.taps.sites))} did not pass in the steps that were chosen, "
                 "before the result. Steps are those of the denoiser; what it does not contain passes in none."
@@ -149,12 +193,8 @@ class Differentiation:
         with torch.enable_grad():
             number = self.of(result)
         _check(number, result)
-        found = torch.autograd.grad(number, [value for _, _, value in held], allow_unused=True)
-        derivatives: dict[str, list[Passage]] = {str(site): [] for site in self.taps.sites}
-        for (site, row, value), gradient in zip(held, found, strict=True):
-            kept = keep_tensor(torch.zeros_like(value) if gradient is None else gradient)
-            derivatives[str(site)].append(Passage(row.call, kept, row.only))
-        return Gradient(float(number.detach()), session.record, derivatives)
+        self.taps.back(number)
+        self.value = float(number.detach())
 
 
 class _ResultReached(RunStopped):

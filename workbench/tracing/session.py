@@ -97,7 +97,8 @@ class Session:
     ) -> None:
         self.system = system
         self.arguments = arguments
-        self.edits = list(edits)
+        # What a probe puts into the run itself comes after all that was asked for.
+        self.edits = [*edits, *(own for each in probes for own in getattr(each, "edits", ()))]
         self.capture = list(dict.fromkeys(capture))
         # Some edits reach what no site holds; they watch the run, inside of all that looks at it.
         self.probes = [*probes, *(each for each in self.edits if isinstance(each, Probe))]

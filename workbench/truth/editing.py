@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from workbench.experiments.editing import prompt_to_prompt
+from workbench.experiments.metrics import iou
 from workbench.models.model import DiffusionModel
-from workbench.truth.masks import iou
 from workbench.zoo import shapes
 from workbench.zoo.reader import Found
 

@@ -1,14 +1,8 @@
-"""How well a map and a mask meet."""
+"""Where a map is largest."""
 
 from __future__ import annotations
 
 import numpy as np
-
-
-def iou(first: np.ndarray, second: np.ndarray) -> float:
-    """Return the intersection over union of two boolean masks, ``(rows, columns)``."""
-    union = np.logical_or(first, second).sum()
-    return float(np.logical_and(first, second).sum() / union) if union else 0.0
 
 
 def largest(values: np.ndarray, count: int) -> np.ndarray:

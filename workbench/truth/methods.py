@@ -13,8 +13,9 @@ import torch
 from workbench.attention.maps import AttentionMaps, mean_map, resize
 from workbench.attention.methods import daam
 from workbench.attention.request import Attention
+from workbench.experiments.metrics import iou
 from workbench.models.model import DiffusionModel
-from workbench.truth.masks import iou, largest
+from workbench.truth.masks import largest
 from workbench.zoo import shapes
 
 RAW, DAAM, CONCEPTS, UNIFORM, CENTRE = "raw weights", "DAAM", "ConceptAttention", "uniform", "centre"
