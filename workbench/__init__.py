@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from workbench.attention.request import Attention as Attention
     from workbench.experiments.editing import prompt_to_prompt as prompt_to_prompt
     from workbench.experiments.experiment import Experiment as Experiment
+    from workbench.experiments.sweep import Sweep as Sweep
     from workbench.interventions.attach import Attach as Attach
     from workbench.interventions.attention import ForceMap as ForceMap
     from workbench.interventions.attention import InjectAttention as InjectAttention
     from workbench.interventions.attention import Reweight as Reweight
+    from workbench.interventions.corrupt import Corrupt as Corrupt
     from workbench.interventions.patch import Patch as Patch
     from workbench.interventions.scale import Ablate as Ablate
     from workbench.interventions.scale import Scale as Scale
@@ -44,6 +46,7 @@ _HOMES = {
     "Attach": "workbench.interventions.attach",
     "Attention": "workbench.attention.request",
     "Capture": "workbench.tracing.capture",
+    "Corrupt": "workbench.interventions.corrupt",
     "Experiment": "workbench.experiments.experiment",
     "Diffuser": "workbench.models.diffuser",
     "DiffusionModel": "workbench.models.model",
@@ -56,6 +59,7 @@ _HOMES = {
     "Reweight": "workbench.interventions.attention",
     "Scale": "workbench.interventions.scale",
     "Stream": "workbench.tracing.storage.stream",
+    "Sweep": "workbench.experiments.sweep",
     "Workbench": "workbench.widgets.app",
     "errors": "workbench.errors",
     "load_record": "workbench.tracing.storage.saved",
@@ -74,6 +78,7 @@ __all__ = [
     "Attach",
     "Attention",
     "Capture",
+    "Corrupt",
     "Diffuser",
     "DiffusionModel",
     "Experiment",
@@ -86,6 +91,7 @@ __all__ = [
     "Reweight",
     "Scale",
     "Stream",
+    "Sweep",
     "Workbench",
     "__version__",
     "component_tree",

@@ -16,7 +16,16 @@ from pathlib import Path
 
 import torch
 
-from tests.benchmarks import attention, first_image, gradients, overhead, patching, scrub_rate, trees
+from tests.benchmarks import (
+    attention,
+    first_image,
+    gradients,
+    overhead,
+    patching,
+    scrub_rate,
+    sweeping,
+    trees,
+)
 from tests.benchmarks.table import Row, Setting, as_text, page, section
 
 README = Path(__file__).parent / "README.md"
@@ -25,6 +34,7 @@ README = Path(__file__).parent / "README.md"
 SECTIONS = {
     "Looking": overhead.rows,
     "Patching": patching.rows,
+    "Experiments": sweeping.rows,
     "Derivatives": gradients.rows,
     "Attention": attention.rows,
     "Starting": first_image.rows,
