@@ -129,10 +129,19 @@ def test_noise_that_is_drawn_for_all_rows_at_once_is_noticed():
 
 
 @pytest.mark.parametrize(
-    ("count", "most", "sizes"),
-    [(17, 8, [5, 6, 6]), (8, 8, [8]), (9, 8, [4, 5]), (0, 8, []), (3, 1, [1, 1, 1])],
+    ("count", "about", "sizes"),
+    [
+        (17, 8, [8, 9]),
+        (8, 8, [8]),
+        (11, 8, [11]),
+        (12, 8, [6, 6]),
+        (3, 8, [3]),
+        (0, 8, []),
+        (3, 1, [1, 1, 1]),
+        (3, 2, [1, 2]),
+    ],
 )
-def test_stretches_are_even(count, most, sizes):
-    found = list(evenly(range(count), most))
+def test_stretches_are_even(count, about, sizes):
+    found = list(evenly(range(count), about))
     assert [len(each) for each in found] == sizes
     assert [item for each in found for item in each] == list(range(count))

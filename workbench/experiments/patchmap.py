@@ -113,7 +113,7 @@ class PatchMap:
         return cell
 
     def groups(self, rows: int = ROWS) -> list[list[tuple[int, int]]]:
-        """Return the cells not computed yet in groups of at most ``rows`` that begin at one step.
+        """Return the cells not computed yet in groups of about ``rows`` that begin at one step.
 
         The groups come coarse to fine, as `missing` has their cells.
 

@@ -63,7 +63,7 @@ class Sweep:
             runs this is the causal trace, and a patch restores what it patches.
         controls: whether each cell has its random direction beside it, and each pair of runs its identity
             and its noise floor; see `run`.
-        rows: how many cells are computed at once, at most; 1 makes each a run of its own.
+        rows: about how many cells are computed at once; 1 makes each a run of its own.
 
     Attributes:
         axes: the values of each axis.

@@ -33,6 +33,9 @@ CELL, RANDOM, IDENTITY, FLOOR = "cell", "random", "identity", "floor"
 _SHARE_OF_MEMORY = 0.25
 """Of what is free: what the activations of a wave's source runs may take."""
 
+_AHEAD = 64
+"""How many batches ahead activations are captured along, where there is room."""
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -207,27 +210,27 @@ class Sweeper:
         self._pair_of = pairs_of(sweep.cells)
         self._pairs: dict[int, Pair] = {}
         self._together: bool | None = None
+        self._done = self._failed = 0
         self._pictures = any(each.pictures for each in sweep.metrics)
 
     def run(self, store: SweepStore | None) -> list[Result]:
         """Measure what a folder does not hold yet, and return everything."""
         done = {} if store is None else store.read()
-        found = [result for batch in done.values() for result in batch.results]
-        self._tell(found)
+        found: list[Result] = []
+        self._note(found, [result for batch in done.values() for result in batch.results])
         for wave in plan(self.sweep):
             missing = [(number, trials) for number, trials in wave.batches if number not in done]
             if not missing:
                 continue
             self._open(wave.pairs, store, [done[number] for number, _ in wave.batches if number in done])
             for place, (number, trials) in enumerate(missing):
-                ahead = [trial.cell for _, later in missing[place + 1 :] for trial in later]
-                results = self._measured(trials, ahead)
+                later = missing[place + 1 : place + 1 + _AHEAD]
+                results = self._measured(trials, [trial.cell for _, each in later for trial in each])
                 if store is not None:
                     prints = {self._pair_of[each.cell]: self._pair(each.cell).prints for each in trials}
                     key = self.sweep.key
                     store.commit(Batch(sweep=key, number=number, results=tuple(results), prints=prints))
-                found += results
-                self._tell(found)
+                self._note(found, results)
         self._pairs.clear()
         return found
 
@@ -325,10 +328,10 @@ class Sweeper:
     def _other_seed(self, pair: Pair) -> int:
         """Return the next seed of the sweep, or the first that it has not."""
         own = pair.experiment.seed
-        seeds: list[int] = list(self.sweep.axes.get("seed", ()))
+        seeds: tuple[int, ...] = self.sweep.axes.get("seed", ())
         place = seeds.index(own) + 1 if own in seeds else 0
-        following = [*seeds[place:], *seeds[:place], *range(own + 1, own + 4)]
-        return next(seed for seed in following if seed not in (own, pair.experiment.source_seed))
+        others = [*seeds[place:], *seeds[:place], own + 1, own + 2]
+        return next(seed for seed in others if seed not in (own, pair.experiment.source_seed))
 
     def _result(self, trial: Trial, record: Record) -> Result:
         pair = self._pair(trial.cell)
@@ -343,8 +346,11 @@ class Sweeper:
             error=f"{', '.join(wrong)} is not a number" if wrong else None,
         )
 
-    def _tell(self, found: Sequence[Result]) -> None:
+    def _note(self, found: list[Result], results: Sequence[Result]) -> None:
+        """Add results to those that were found, and tell how far the sweep is."""
+        found += results
+        cells = [each for each in results if each.kind == CELL]
+        self._done += len(cells)
+        self._failed += sum(each.error is not None for each in cells)
         if self._progress is not None:
-            cells = [each for each in found if each.kind == CELL]
-            failed = sum(each.error is not None for each in cells)
-            self._progress(Progress(len(cells), len(self.sweep.cells), failed))
+            self._progress(Progress(self._done, len(self.sweep.cells), self._failed))

@@ -16,7 +16,7 @@ from workbench.tracing.rows import joined, separate
 from workbench.tracing.session import Listener
 
 ROWS = 8
-"""How many runs go together: more cost memory and, on a processor, save little."""
+"""About how many runs go together: more cost memory and, on a processor, save little."""
 
 _CLOSE = 1e-4
 """How far rows may be from runs of their own, of the largest latent; rounding alone is a hundredth of it."""
@@ -92,9 +92,12 @@ def goes_together(target: Record) -> bool:
     return all(float((row.latents - whole).abs().max()) <= _CLOSE * float(whole.abs().max()) for row in rows)
 
 
-def evenly(items: Sequence[Item], most: int) -> Iterator[list[Item]]:
-    """Give items in stretches as long as each other, to one, and of at most ``most``."""
-    stretches = -(-len(items) // most)
+def evenly(items: Sequence[Item], about: int) -> Iterator[list[Item]]:
+    """Give items in stretches as long as each other, to one, and nearly of ``about``.
+
+    A call costs much before its first row, so that two stretches of nine are better than three of six.
+    """
+    stretches = max(1, int(len(items) / about + 0.5)) if items else 0
     for index in range(stretches):
         first, last = (len(items) * place // stretches for place in (index, index + 1))
         yield list(items[first:last])

@@ -103,7 +103,8 @@ def _ways(record: Record) -> int:
 def _rows_of(tensor: torch.Tensor | None, sample: int, count: int, ways: int) -> torch.Tensor | None:
     if tensor is None:
         return None
-    return tensor.unflatten(0, (ways, count, -1))[:, sample].flatten(0, 1)
+    rows = tensor.reshape(ways, count, -1, *tensor.shape[1:])
+    return rows[:, sample].flatten(0, 1)
 
 
 def _check_alike(first: Record, other: Record) -> None:
@@ -172,7 +173,7 @@ def _stacked(values: Sequence[Any], branches: int = 1) -> Any:
                 "Runs whose values differ in shape cannot be rows of one: "
                 + ", ".join(dict.fromkeys(describe(value) for value in values))
             )
-        parts = [value.unflatten(0, (branches, -1)) for value in values]
+        parts = [value.reshape(branches, -1, *value.shape[1:]) for value in values]
         return torch.cat(parts, 1).flatten(0, 1)
     if isinstance(first, Mapping):
         items = {key: _stacked([value[key] for value in values], branches) for key in first}
