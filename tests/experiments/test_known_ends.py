@@ -8,6 +8,8 @@ from workbench import zoo
 from workbench.attention.request import Attention
 from workbench.experiments.experiment import Experiment
 from workbench.experiments.sweep import Sweep
+from workbench.experiments.together import fork_rows
+from workbench.interventions.patch import Patch
 from workbench.models.model import DiffusionModel
 from workbench.zoo.planted import PLANTED
 
@@ -35,6 +37,20 @@ def test_all_keys_and_values_of_the_words_give_the_sources_picture_to_the_byte(n
     # Control: all but one layer's are not enough.
     fewer = Sweep(pair, {"site": [every[:-2]], "seed": [0]}, branch="cond")
     assert as_bytes(fewer.run_at(model).images[0]) != as_bytes(source.images[0])
+
+
+def test_rows_of_one_run_are_what_runs_of_their_own_are():
+    model = DiffusionModel("shapes-unet")
+    settings = zoo.settings("shapes-unet") | {"num_inference_steps": STEPS}
+    sites = [f"unet.{path}" for path in ("mid_block", "up_blocks.0", "up_blocks.1", "up_blocks.2")]
+    source = model.record("a red circle", seed=0, capture=sites, **settings)
+    target = model.record("a small blue square", seed=0, **settings)
+    changes = [[Patch(site, source=source, steps=step)] for site in sites for step in (2, 3)]
+    rows = fork_rows([target] * 8, changes, 2, pictures=False)
+    for row, change in zip(rows, changes, strict=True):
+        alone = target.fork(2, interventions=change).latents
+        assert float((row.latents - alone).abs().max()) <= 1e-5 * float(alone.abs().max())
+        assert float((row.latents - target.latents).abs().max()) > 1e-3 * float(alone.abs().max())
 
 
 @pytest.mark.skipif("shapes-planted" not in zoo.models(), reason="shapes-planted has no weights yet")

@@ -218,6 +218,12 @@ def test_another_models_runs_are_not_mixed_in(model, tmp_path):
     assert np.isfinite(sweep.run(model, tmp_path).towards_latents).all()
 
 
+def test_a_site_that_the_model_has_not_is_told_before_anything_runs(model, tmp_path):
+    with forwards_of(model.pipeline.unet) as calls, pytest.raises(UnknownNameError, match="Did you mean"):
+        small(axes={"site": [MIDDLE, "unet.midblock"]}).run(model, tmp_path)
+    assert calls == []
+
+
 def test_without_xarray_the_extra_is_named(monkeypatch, model):
     monkeypatch.setitem(__import__("sys").modules, "xarray", None)
     with pytest.raises(InputError, match=r"diffusion-workbench\[experiments\]"):

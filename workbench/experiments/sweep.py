@@ -171,6 +171,7 @@ class Sweep:
         Raises:
             StoreError: the folder holds another sweep, or something else.
             BusyError: another process fills it now.
+            UnknownNameError: the model has no such site.
         """
         need_xarray()
         return dataset(self, self.measure(model, folder, progress=progress, listener=listener))

@@ -24,6 +24,7 @@ from workbench.interventions.patch import Patch
 from workbench.models.model import DiffusionModel
 from workbench.tracing.record import Record
 from workbench.tracing.session import Listener
+from workbench.tracing.sites import Site, resolve
 
 if TYPE_CHECKING:
     from workbench.experiments.sweep import Sweep
@@ -214,7 +215,13 @@ class Sweeper:
         self._pictures = any(each.pictures for each in sweep.metrics)
 
     def run(self, store: SweepStore | None) -> list[Result]:
-        """Measure what a folder does not hold yet, and return everything."""
+        """Measure what a folder does not hold yet, and return everything.
+
+        Raises:
+            UnknownNameError: the model has no such site; nothing was run.
+        """
+        for site in dict.fromkeys(site for each in self.sweep.cells for site in each.captures()):
+            resolve(self.model.components, Site.parse(site).path)
         done = {} if store is None else store.read()
         found: list[Result] = []
         self._note(found, [result for batch in done.values() for result in batch.results])
