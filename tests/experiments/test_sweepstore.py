@@ -34,6 +34,8 @@ def sweep():
 
 @pytest.fixture(scope="module")
 def uninterrupted(model, tmp_path_factory):
+    # What is imported at first use is opened here, and not in the processes that are counted.
+    sweep().run(model)
     folder = tmp_path_factory.mktemp("whole")
     ended, operations = finishes(partial(sweep().measure, model, folder))
     assert ended

@@ -9,7 +9,7 @@ import numpy as np
 
 from workbench.errors import InputError
 from workbench.experiments.statistics import mean_interval
-from workbench.experiments.sweeping import CELL, FLOOR, IDENTITY, RANDOM, pairs_of
+from workbench.experiments.sweepplan import CELL, FLOOR, IDENTITY, RANDOM, pairs_of
 from workbench.experiments.sweepstore import Result
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def dataset(sweep: Sweep, results: Sequence[Result]) -> xarray.Dataset:
         told = np.array([errors.get(cell, "") for cell in range(len(sweep.cells))], dtype=object)
         variables["error"] = (names, told.reshape(shape))
     coordinates = {
-        name: [value if isinstance(value, (str, int, float)) else _label(value) for value in values]
+        name: [value if isinstance(value, (str, int, float)) else label(value) for value in values]
         for name, values in sweep.axes.items()
     }
     about = {
@@ -72,7 +72,8 @@ def dataset(sweep: Sweep, results: Sequence[Result]) -> xarray.Dataset:
     return xr.Dataset(variables, coordinates, about)
 
 
-def _label(value: Any) -> str:
+def label(value: Any) -> str:
+    """Spell a value of an axis."""
     return " + ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from workbench.errors import InputError, UnknownNameError, nearest
 from workbench.experiments.experiment import Experiment, PatchSpec
-from workbench.experiments.labelled import dataset, need_xarray
+from workbench.experiments.labelled import dataset, label, need_xarray
 from workbench.experiments.metrics import Metric, metric
 from workbench.experiments.sweeping import Progress, Sweeper
 from workbench.experiments.sweepstore import Result, SweepStore
@@ -114,7 +114,9 @@ class Sweep:
         self.rows = rows
         names = [each.name for each in self.metrics]
         if len(set(names)) < len(names):
-            raise InputError(f"Two metrics are called alike: {', '.join(names)}. Give wb's Metric(name, …).")
+            raise InputError(
+                f"Two metrics are called alike: {', '.join(names)}. Rename one: Metric(name, function)."
+            )
         self.points = [dict(zip(self.axes, values, strict=True)) for values in product(*self.axes.values())]
         self.cells = [self._checked(point, cell or self._patched) for point in self.points]
 
@@ -313,11 +315,6 @@ def _axis(name: str, values: Iterable[Any]) -> tuple[Any, ...]:
     return found
 
 
-def label(value: Any) -> str:
-    """Spell a value of an axis."""
-    return " + ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
 def _hashable(value: Any) -> Any:
     return tuple(value) if isinstance(value, (list, range)) else value
 
@@ -334,6 +331,3 @@ def _source_of(measured: Metric) -> str:
         return (
             f"{getattr(measured.of, '__module__', '')}.{getattr(measured.of, '__qualname__', measured.name)}"
         )
-
-
-__all__ = ["AXES", "SEEDS", "Progress", "Result", "Sweep", "label"]

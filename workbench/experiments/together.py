@@ -93,7 +93,7 @@ def goes_together(target: Record) -> bool:
 
 
 def evenly(items: Sequence[Item], about: int) -> Iterator[list[Item]]:
-    """Give items in stretches as long as each other, to one, and nearly of ``about``.
+    """Give items in stretches of about as many as said, and as long as each other, to one.
 
     A call costs much before its first row, so that two stretches of nine are better than three of six.
     """
