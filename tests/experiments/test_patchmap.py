@@ -136,3 +136,34 @@ def test_cell_that_was_stopped_has_no_value(made):
     with pytest.raises(RunStopped):
         made.compute(0, 2, Impatient())
     assert np.isnan(made.values).all()
+
+
+def test_cells_that_begin_at_one_step_are_one_group_coarse_to_fine(made):
+    made.window = "1"
+    assert made.groups() == [[(0, 0), (1, 0)], [(0, 2), (1, 2)], [(0, 1), (1, 1)], [(0, 3), (1, 3)]]
+    assert sorted(made.groups(rows=1)) == sorted([cell] for cell in made.missing())
+    made.window = "to here"
+    assert len(made.groups()) == 1
+    assert sorted(made.groups()[0]) == sorted(made.missing())
+    with pytest.raises(InputError, match="rows=0"):
+        made.groups(rows=0)
+
+
+def test_a_group_is_one_run_from_its_first_step_on_and_has_the_values_of_its_cells(runs, made):
+    cells = made.groups()[0]
+    made.estimate(cells)
+    for cell in cells:
+        made._values.clear()
+        exact = made.compute(*cell).towards
+        # A picture's channels are whole numbers, and rounding may tip one over.
+        (other, *_) = made.estimate([cell, cells[0]])
+        assert other == pytest.approx(exact, abs=1e-2)
+        assert made.values[cell] == np.float32(other)
+    with forwards_of(runs[0].pipeline.unet) as calls:
+        made.estimate([(0, 3), (1, 3)])
+    assert calls == [4]
+
+
+def test_a_group_of_one_is_exact(made):
+    (value,) = made.estimate([(0, 2)])
+    assert value == made.compute(0, 2).towards

@@ -16,7 +16,8 @@ import torch
 from scipy.stats import spearmanr
 
 from workbench.errors import InputError
-from workbench.experiments.experiment import Experiment, PatchSpec
+from workbench.experiments.changes import PatchSpec
+from workbench.experiments.experiment import Experiment
 from workbench.experiments.taps import Handed, Measuring, Mixing, Products
 from workbench.experiments.windows import window as steps_of
 from workbench.tracing.capture import Capture
@@ -181,7 +182,8 @@ def _patched(
     kept = [Capture(site, steps=steps, branch=branch) for site in {patch.site: None for patch in patches}]
     again = source.fork(first, capture=kept, listener=listener)
     for patch in patches:
-        record = experiment.model_copy(update={"patches": (patch,)}).patch(again, target, listener=listener)
+        one = experiment.model_copy(update={"interventions": (patch,)})
+        record = one.patch(again, target, listener=listener)
         assert record is not None
         yield record
 

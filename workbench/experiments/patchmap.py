@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from workbench.errors import InputError
 from workbench.experiments.changes import PatchSpec
 from workbench.experiments.experiment import Experiment
 from workbench.experiments.metrics import difference, towards
+from workbench.experiments.together import ROWS, evenly, fork_rows, goes_together
 from workbench.experiments.windows import window
 from workbench.tracing.record import Record
 from workbench.tracing.session import Listener
@@ -43,7 +45,8 @@ class Cell:
 class PatchMap:
     """Every site × step of one pair of runs, under one window.
 
-    Each cell is a run of its own, computed from its first patched step on, so what it shows is exact.
+    A cell is a run of its own, computed from its first patched step on, so what it shows is exact. Values
+    alone come cheaper: cells that begin at one step are the rows of one run, and within rounding the same.
 
     Args:
         experiment: the plain experiment, without patches.
@@ -72,6 +75,7 @@ class PatchMap:
         self.branch = branch if branch in target.ledger.branches else "all"
         self.steps = target.ledger.steps
         self._values: dict[tuple[str, int, str], float] = {}
+        self._together: bool | None = None
 
     @property
     def values(self) -> np.ndarray:
@@ -100,7 +104,7 @@ class PatchMap:
         """Run a cell's patch and note its value."""
         patch = self.patch_of(row, column)
         key = (patch.site, column, self.window)
-        self._provide(patch.site, listener)
+        self._provide([patch.site], listener)
         experiment = self.experiment.model_copy(update={"interventions": (patch,)})
         record = experiment.patch(self.source, self.target, listener=listener)
         assert record is not None
@@ -109,11 +113,63 @@ class PatchMap:
         self._values[key] = cell.towards
         return cell
 
-    def _provide(self, site: str, listener: Listener | None) -> None:
-        """See that the source has the site's activations, running it once more if it must."""
-        if site not in self.source.captured:
-            again = self.source.fork(self.experiment.source_from, capture=[site], listener=listener)
-            self.source.captured[site] = again.captured[site]
+    def groups(self, rows: int = ROWS) -> list[list[tuple[int, int]]]:
+        """Return the cells not computed yet in groups of about ``rows`` that begin at one step.
+
+        The groups come coarse to fine, as `missing` has their cells.
+
+        Raises:
+            InputError: ``rows`` is no positive number.
+        """
+        if rows < 1:
+            raise InputError(f"rows={rows!r} is no number of cells to compute at once. Give at least 1.")
+        by_step: dict[int, list[tuple[int, int]]] = {}
+        for row, column in self.missing():
+            by_step.setdefault(self._first(row, column), []).append((row, column))
+        return [group for cells in by_step.values() for group in evenly(cells, rows)]
+
+    def estimate(self, cells: Sequence[tuple[int, int]], listener: Listener | None = None) -> list[float]:
+        """Run several cells' patches as the rows of one run, and note their values.
+
+        Cells of one group, see `groups`, cost least. Where rows of one run are not what runs of their own
+        are, each cell is computed alone.
+
+        Args:
+            cells: each with its row and column.
+            listener: told how the run goes on.
+
+        Returns:
+            Each cell's value, within rounding what `compute` finds.
+        """
+        if self._together is None:
+            self._together = goes_together(self.target)
+        if len(cells) == 1 or not self._together:
+            return [self.compute(row, column, listener).towards for row, column in cells]
+        patches = [self.patch_of(row, column) for row, column in cells]
+        self._provide([patch.site for patch in patches], listener)
+        made = [self.experiment.model_copy(update={"interventions": (patch,)}) for patch in patches]
+        records = fork_rows(
+            [self.target] * len(cells),
+            [each.bound(self.source, self.target) for each in made],
+            min(each.first_step(self.steps) for each in made),
+            listener=listener,
+        )
+        target, source = self.target.images[0], self.source.images[0]
+        found = [towards(record.images[0], target, source) for record in records]
+        for patch, (_, column), value in zip(patches, cells, found, strict=True):
+            self._values[(patch.site, column, self.window)] = value
+        return found
+
+    def _first(self, row: int, column: int) -> int:
+        made = self.experiment.model_copy(update={"interventions": (self.patch_of(row, column),)})
+        return made.first_step(self.steps)
+
+    def _provide(self, sites: Sequence[str], listener: Listener | None) -> None:
+        """See that the source has the sites' activations, running it once more if it must."""
+        lacking = [site for site in dict.fromkeys(sites) if site not in self.source.captured]
+        if lacking:
+            again = self.source.fork(self.experiment.source_from, capture=lacking, listener=listener)
+            self.source.captured |= {site: again.captured[site] for site in lacking}
 
 
 def _depth(column: int) -> int:

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from workbench.attention.request import Attention
-from workbench.interventions.patch import Patch
+from workbench.errors import InputError
+from workbench.experiments.experiment import Experiment
+from workbench.experiments.sweep import Sweep
 from workbench.models.model import DiffusionModel
+from workbench.tracing.record import Record
 from workbench.truth.methods import BY_LAYER, CONCEPTS, compare_methods
 from workbench.truth.patching import has_colour
 
@@ -58,15 +61,25 @@ def where_it_enters(
         **settings: arguments of the runs.
     """
     layers = [layer.path for layer in model.plan(Attention(), source, **settings).layers]
-    ports = {layer: [f"{layer}:{port}" for port in ("key", "value")] for layer in layers}
+    ports = {tuple(f"{layer}:{port}" for port in ("key", "value")): layer for layer in layers}
+
+    def painted(run: Record, *_: Record) -> float:
+        return float(has_colour(run.images[0], colour))
+
+    arguments = dict(settings)
+    known = {name: arguments.pop(name, None) for name in ("num_inference_steps", "guidance_scale")}
+    pair = Experiment(model=model.reference, source=source, target=target, arguments=arguments, **known)
+    sweep = Sweep(
+        pair,
+        {"site": ports, "seed": seeds},
+        metrics=[painted],
+        controls=False,
+    )
     found = dict.fromkeys(layers, 0)
-    for seed in seeds:
-        capture = [site for sites in ports.values() for site in sites]
-        given = model.record(source, seed=seed, capture=capture, **settings)
-        for layer, sites in ports.items():
-            patches = [Patch(site, source=given, branch="cond") for site in sites]
-            run = model.record(target, seed=seed, interventions=patches, **settings)
-            found[layer] += has_colour(run.images[0], colour)
+    for result in sweep.measure(model):
+        if result.error is not None:
+            raise InputError(result.error)
+        found[ports[sweep.point_of(result)["site"]]] += round(result.values["painted"] or 0)
     return Entry(len(seeds), found)
 
 

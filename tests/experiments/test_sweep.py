@@ -1,0 +1,268 @@
+"""A sweep's cells, what is measured of them, and its controls."""
+
+import numpy as np
+import pytest
+
+from tests import tiny
+from tests.watching import as_bytes, forwards_of
+from workbench.errors import InputError, RunStopped, StoreError, UnknownNameError
+from workbench.experiments.changes import PatchSpec
+from workbench.experiments.experiment import Experiment
+from workbench.experiments.measured import RunMetric
+from workbench.experiments.metrics import towards
+from workbench.experiments.sweep import SEEDS, Sweep
+from workbench.interventions.corrupt import Corrupt
+from workbench.interventions.patch import Patch
+from workbench.models.model import DiffusionModel
+
+MIDDLE, LATER = "unet.mid_block", "unet.up_blocks.0"
+HEADS = "unet.mid_block.attentions.0.transformer_blocks.0.attn2:heads"
+PAIR = Experiment(source="a {colour} circle", target="a blue square", num_inference_steps=3)
+AXES = {"site": [MIDDLE, LATER], "step": range(3), "colour": ["red", "green"], "seed": [0, 5]}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return DiffusionModel(tiny.sd1())
+
+
+@pytest.fixture(scope="module")
+def whole(model):
+    return Sweep(PAIR, AXES).run(model)
+
+
+def small(**asked):
+    pair = PAIR.model_copy(update={"source": "a red circle", "num_inference_steps": 2})
+    axes = {"site": [MIDDLE, LATER], "step": range(2), "seed": [0]} | asked.pop("axes", {})
+    return Sweep(pair, axes, **{"metrics": ["towards_latents"], "controls": False} | asked)
+
+
+def test_every_cell_is_measured_under_its_labels(model, whole):
+    assert whole.towards.dims == ("site", "step", "colour", "seed")
+    assert np.isfinite(whole.towards).all()
+    labels = {"site": LATER, "step": 1, "colour": "green", "seed": 5}
+    runs = {"seed": 5, "num_inference_steps": 3}
+    source = model.record("a green circle", capture=[LATER], **runs)
+    target = model.record("a blue square", **runs)
+    patch = Patch(LATER, source=source, steps=1, branch="cond")
+    patched = model.record("a blue square", interventions=[patch], **runs)
+    alone = Sweep(PAIR, AXES).run_at(model, **labels)
+    assert as_bytes(alone.latents) == as_bytes(patched.latents)
+    assert as_bytes(alone.images[0]) == as_bytes(patched.images[0])
+    value = towards(patched.images[0], target.images[0], source.images[0])
+    assert float(whole.towards.sel(labels)) == pytest.approx(value, abs=1e-3)
+
+
+def test_rows_of_one_run_measure_what_runs_of_their_own_do(model):
+    together, alone = (small(rows=rows).run(model).towards_latents for rows in (8, 1))
+    assert np.abs(together - alone).max() <= 1e-5 * np.abs(alone).max()
+    assert np.abs(alone).min() > 1e-3
+
+
+def test_controls_stand_beside_the_cells(whole):
+    assert whole.towards_random.dims == whole.towards.dims
+    assert (np.abs(whole.towards_random - whole.towards) > 0).all()
+    for kind in ("identity", "floor"):
+        assert whole[f"towards_{kind}"].dims == ("colour", "seed")
+    assert (whole.towards_identity == 0).all()
+    assert (whole.difference_identity == 0).all()
+    assert (whole.difference_floor > 0).all()
+
+
+def test_mean_and_interval_are_over_the_seeds(whole):
+    assert whole.towards_mean.dims == ("site", "step", "colour")
+    assert np.allclose(whole.towards_mean, whole.towards.mean("seed"))
+    assert (whole.towards_low <= whole.towards_mean).all()
+    assert (whole.towards_mean <= whole.towards_high).all()
+    assert "Student" in whole.attrs["interval"]
+
+
+def test_several_seeds_are_the_default():
+    sweep = Sweep(PAIR.model_copy(update={"seed": 7}), {"site": [MIDDLE], "colour": ["red"]})
+    assert sweep.axes["seed"] == tuple(range(7, 7 + SEEDS))
+    assert [each.seed for each in sweep.cells] == list(range(7, 7 + SEEDS))
+    assert len({each.model_dump_json() for each in sweep.cells}) == SEEDS
+
+
+def test_a_cell_is_the_patch_of_its_point():
+    sweep = Sweep(PAIR, {**AXES, "site": [(MIDDLE, LATER)], "window": ["1", "from here"]}, branch="all")
+    cell = sweep.at(step=1, colour="red", seed=5, window="from here")
+    assert (cell.source, cell.target, cell.seed) == ("a red circle", "a blue square", 5)
+    both = [PatchSpec(site=site, steps=(1, 2), branch="all") for site in (MIDDLE, LATER)]
+    assert cell.interventions == tuple(both)
+
+
+def test_each_pair_is_run_once_and_only_tails_are_computed(model):
+    sweep = small(rows=4)
+    with forwards_of(model.pipeline.unet) as calls:
+        sweep.run(model)
+    source, captured, target, tried = 2, 2, 2, 2
+    assert [rows for rows in calls if rows == 2] == [2] * (source + captured + target)
+    # The two layers of each step are two rows, and guidance doubles them: two steps from 0, one from 1.
+    assert len([rows for rows in calls if rows == 4]) == tried + 3
+
+
+def test_heads_are_an_axis(model):
+    pair = PAIR.model_copy(update={"source": "a red circle", "num_inference_steps": 2})
+    sweep = Sweep(pair, {"site": [HEADS], "heads": [0, (0, 1), 9], "seed": [0]}, metrics=["towards_latents"])
+    found = sweep.run(model)
+    runs = {"seed": 0, "num_inference_steps": 2}
+    source = model.record("a red circle", capture=[HEADS], **runs)
+    patch = Patch(HEADS, source=source, branch="cond", heads=[0, 1])
+    patched = model.record("a blue square", interventions=[patch], **runs)
+    assert as_bytes(sweep.run_at(model, heads=(0, 1)).latents) == as_bytes(patched.latents)
+    assert found.heads.values.tolist() == ["0", "0 + 1", "9"]
+    # The head that the layer has not is told, and the others are measured.
+    assert np.isfinite(found.towards_latents).values.ravel().tolist() == [True, True, False]
+    assert "9 is none of them" in str(found.error.sel(heads="9").item())
+
+
+def test_any_experiment_can_be_a_cell(model):
+    def guided(point):
+        return PAIR.model_copy(
+            update={
+                "source": "a red circle",
+                "num_inference_steps": 2,
+                "seed": point["seed"],
+                "guidance_scale": point["guidance"],
+                "interventions": (PatchSpec(site=MIDDLE),),
+            }
+        )
+
+    pair = PAIR.model_copy(update={"num_inference_steps": 2})
+    axes = {"guidance": [2.0, 5.0], "seed": [0]}
+    found = Sweep(pair, axes, cell=guided, metrics=["towards_latents"]).run(model)
+    assert found.towards_latents.dims == ("guidance", "seed")
+    assert found.towards_latents_floor.dims == ("guidance",)
+    assert np.isfinite(found.towards_latents).all()
+
+
+def test_a_metric_is_any_function_and_what_is_no_number_is_told(model):
+    def wide(run, source, target):
+        return float("nan") if run.images[0] == target.images[0] else run.images[0].width
+
+    found = small(metrics=[wide, RunMetric("one", lambda *_: 1, pictures=False)], controls=True).run(model)
+    assert (found.wide == 16).all()
+    assert (found.one == 1).all()
+    assert np.isnan(found.wide_identity)
+
+
+def test_without_pictures_none_are_decoded_but_of_the_two_runs(model):
+    with forwards_of(model.pipeline.vae.decoder) as decoded:
+        small().run(model)
+    assert len(decoded) <= 3
+    with forwards_of(model.pipeline.vae.decoder) as decoded:
+        small(metrics=["towards"]).run(model)
+    assert sum(decoded) >= 4
+
+
+def test_restoring_the_prompt_undoes_its_corruption_and_a_layer_a_part_of_it(model):
+    """The causal trace: one prompt, corrupted in the target's run, and one place restored from the clean."""
+    text = "unet:inputs[1].encoder_hidden_states"
+    pair = Experiment(source="a red circle", target="a red circle", num_inference_steps=2)
+    sweep = Sweep(
+        pair,
+        {"site": [text, MIDDLE], "seed": [0]},
+        corrupt=[Corrupt()],
+        metrics=["towards_latents", "difference_latents"],
+        rows=1,
+    )
+    found = sweep.run(model)
+    assert found.towards_latents.sel(site=text).item() == pytest.approx(1, abs=1e-9)
+    assert found.towards_latents.sel(site=MIDDLE).item() != 0
+    assert found.difference_latents.sel(site=text).item() > 1e-3
+    assert (found.towards_latents_identity == 0).all()
+    together = Sweep(pair, sweep.axes, corrupt=[Corrupt()], metrics=["towards_latents"]).run(model)
+    assert np.allclose(together.towards_latents, found.towards_latents, atol=1e-5)
+
+
+def test_what_was_measured_is_not_measured_again(model, tmp_path):
+    sweep, told = small(rows=2), []
+
+    def stop(progress):
+        told.append(progress.done)
+        if progress.done == 2:
+            raise RunStopped("enough")
+
+    with pytest.raises(RunStopped):
+        sweep.run(model, tmp_path, progress=stop)
+    assert told == [0, 2]
+    partly = sweep.load(tmp_path)
+    assert np.isfinite(partly.towards_latents).sum() == 2
+    told.clear()
+    found = sweep.run(model, tmp_path, progress=lambda progress: told.append(progress.done))
+    assert told == [2, 4]
+    assert found.identical(small(rows=2).run(model))
+    with forwards_of(model.pipeline.unet) as calls:
+        assert sweep.run(model, tmp_path).identical(found)
+    assert calls == []
+
+
+def test_a_folder_of_another_sweep_is_refused_and_the_difference_named(model, tmp_path):
+    small().run(model, tmp_path / "sweep")
+    with pytest.raises(StoreError, match="differs in axes, cells"):
+        small(axes={"seed": [1]}).run(model, tmp_path / "sweep")
+    with pytest.raises(StoreError, match="differs in metrics"):
+        small(metrics=["towards"]).load(tmp_path / "sweep")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    with pytest.raises(StoreError, match=r"holds no sweep.*thesis\.tex"):
+        small().run(model, tmp_path / "other")
+
+
+def test_another_models_runs_are_not_mixed_in(model, tmp_path):
+    sweep = small(rows=2)
+    sweep.run(model, tmp_path)
+    (tmp_path / "batch-000001.json").unlink()
+    other = tiny.sd1()
+    other.unet.conv_out.weight.data *= 1.5
+    with pytest.raises(StoreError, match="its weights"):
+        sweep.run(DiffusionModel(other), tmp_path)
+    assert np.isfinite(sweep.run(model, tmp_path).towards_latents).all()
+
+
+def test_a_site_that_the_model_has_not_is_told_before_anything_runs(model, tmp_path):
+    with forwards_of(model.pipeline.unet) as calls, pytest.raises(UnknownNameError, match="Did you mean"):
+        small(axes={"site": [MIDDLE, "unet.midblock"]}).run(model, tmp_path)
+    assert calls == []
+
+
+def test_without_xarray_the_extra_is_named(monkeypatch, model):
+    monkeypatch.setitem(__import__("sys").modules, "xarray", None)
+    with pytest.raises(InputError, match=r"diffusion-workbench\[experiments\]"):
+        small().run(model)
+
+
+@pytest.mark.parametrize(
+    ("axes", "asked", "error", "said"),
+    [
+        ({"site": []}, {}, InputError, "no values"),
+        ({"site": MIDDLE}, {}, InputError, "takes a list"),
+        ({"site": [MIDDLE, MIDDLE]}, {}, InputError, "twice"),
+        ({"step": [2]}, {}, InputError, "2 is none"),
+        ({"layer": [MIDDLE]}, {}, UnknownNameError, "No axis 'layer'"),
+        ({}, {"window": "quater"}, UnknownNameError, "Did you mean 'quarter'"),
+        ({}, {"metrics": ["toward"]}, UnknownNameError, "Did you mean 'towards'"),
+        ({}, {"metrics": "towards"}, InputError, "no list of metrics"),
+        ({}, {"rows": 0}, InputError, "rows=0"),
+        ({}, {"cell": lambda point: point}, InputError, "not an Experiment"),
+    ],
+)
+def test_what_is_no_sweep_is_refused_before_anything_runs(axes, asked, error, said):
+    with pytest.raises(error, match=said):
+        small(axes=axes, **asked)
+
+
+def test_a_sweep_names_its_steps():
+    with pytest.raises(InputError, match="num_inference_steps=20"):
+        Sweep(Experiment(source="a", target="b"), {"site": [MIDDLE]})
+
+
+def test_a_point_that_is_none_is_named():
+    sweep = small()
+    with pytest.raises(UnknownNameError, match="no axis 'layer'"):
+        sweep.at(layer=3)
+    with pytest.raises(UnknownNameError, match="The axis step has no 7"):
+        sweep.at(site=MIDDLE, step=7)
+    with pytest.raises(InputError, match="Say which site"):
+        sweep.at(step=1)

@@ -1,0 +1,90 @@
+"""What a sweep measures of a run, beside its source and its target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from workbench.errors import UnknownNameError, nearest
+from workbench.experiments import measure
+from workbench.experiments.metrics import difference, towards
+from workbench.tracing.record import Record
+
+
+@dataclass(frozen=True)
+class RunMetric:
+    """A number of a run, beside those of its source and its target.
+
+    Attributes:
+        name: what it is called in a sweep.
+        of: called with the records of the run, the source and the target; returns a number.
+        pictures: whether it looks at pictures; without, none need be decoded.
+    """
+
+    name: str
+    of: Callable[[Record, Record, Record], float]
+    pictures: bool = True
+
+
+def run_metric(named: str | RunMetric | measure.Metric | Callable[..., float]) -> RunMetric:
+    """Return a metric of runs: by its name, one of pictures, or a function of the three records.
+
+    Raises:
+        UnknownNameError: no such metric.
+    """
+    if isinstance(named, RunMetric):
+        return named
+    if isinstance(named, str) and named not in METRICS and named in measure.names():
+        named = measure.metric(named)
+    if isinstance(named, measure.Metric):
+        return RunMetric(named.name, _Pictured(named))
+    if callable(named):
+        return RunMetric(getattr(named, "__name__", type(named).__name__), named)
+    if named not in METRICS:
+        known = (*METRICS, *measure.names())
+        raise UnknownNameError(f"No metric {named!r}.{nearest(str(named), known)} Or give a function.")
+    return METRICS[named]
+
+
+@dataclass(frozen=True)
+class _Pictured:
+    """A metric of pictures, taken of three records."""
+
+    metric: measure.Metric
+
+    def __call__(self, run: Record, source: Record, target: Record) -> float:
+        others = {"target": target, "source": source}
+        return self.metric(run.images[0], **{name: others[name].images[0] for name in self.metric.needs})
+
+
+def _latents(record: Record) -> torch.Tensor:
+    latents = record.ticks[-1]["latents"]
+    assert latents is not None
+    return latents.double()
+
+
+def _towards_latents(record: Record, source: Record, target: Record) -> float:
+    start, way = _latents(target), _latents(source) - _latents(target)
+    length = float((way**2).sum())
+    return float(((_latents(record) - start) * way).sum()) / length if length else 0.0
+
+
+def _difference_latents(record: Record, source: Record, target: Record) -> float:  # noqa: ARG001
+    return float((_latents(record) - _latents(target)).abs().mean())
+
+
+METRICS = {
+    each.name: each
+    for each in (
+        RunMetric(
+            "towards", lambda run, source, target: towards(run.images[0], target.images[0], source.images[0])
+        ),
+        RunMetric("difference", lambda run, _, target: difference(run.images[0], target.images[0])),
+        RunMetric("towards_latents", _towards_latents, pictures=False),
+        RunMetric("difference_latents", _difference_latents, pictures=False),
+    )
+}
+"""By name: `towards` and `difference` of the pictures, and the same of the latents that the last step leaves,
+which cost no decoding."""
