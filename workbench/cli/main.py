@@ -44,6 +44,16 @@ Guidance = Annotated[
 ]
 
 
+ExperimentFile = Annotated[
+    Path,
+    typer.Argument(metavar="EXPERIMENT", help="A JSON file, or a script or notebook it was exported to."),
+]
+AllowCode = Annotated[
+    bool, typer.Option("--allow-code", help="Import the modules it names, which may run anything.")
+]
+Records = Annotated[bool, typer.Option("--records", help="Save the runs too, beside the pictures.")]
+
+
 @app.command()
 def record(
     model: Model,
@@ -62,6 +72,104 @@ def record(
     arguments = {name: value for name, value in given.items() if value is not None}
     run = wb.DiffusionModel(model).record(prompt, seed=seed, capture=capture or [], **arguments)
     typer.echo(f"{run.save(out)}: {run.ledger.steps} steps, {len(run.ledger)} calls")
+
+
+@app.command()
+def demo(out: Out = Path("workbench-demo")) -> None:
+    """Patch one step's colour into another run on a shipped model; no network, a few seconds.
+
+    Example: workbench demo --out demo
+    """
+    from workbench.cli.experiments import demonstrate
+
+    for line in demonstrate(out):
+        typer.echo(line)
+
+
+@app.command()
+def models(
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="Show the components of this one.")
+    ] = None,
+) -> None:
+    """List the models that are shipped, or the components of one, without its weights.
+
+    Example: workbench models shapes-unet
+    """
+    from workbench.cli.experiments import components, shipped
+
+    for line in shipped() if model is None else components(model):
+        typer.echo(line)
+
+
+@app.command()
+def run(
+    experiment: ExperimentFile, out: Out, allow_code: AllowCode = False, records: Records = False
+) -> None:
+    """Run an experiment and save its pictures: source, target, patched and branches.
+
+    Example: workbench run experiment.json --out results
+    """
+    from workbench.cli.experiments import perform
+
+    for line in perform(wb.Experiment.load(experiment), out, allow_code=allow_code, records=records):
+        typer.echo(line)
+
+
+@app.command()
+def sweep(
+    experiment: ExperimentFile,
+    out: Out,
+    site: Sites = None,
+    step: Annotated[
+        list[int] | None, typer.Option("--step", help="A step; may be repeated. All if not given.")
+    ] = None,
+    window: Annotated[str, typer.Option("--window", help="Which steps a cell covers.")] = "1",
+    seeds: Annotated[
+        int, typer.Option("--seeds", min=1, help="How many noise seeds, from the experiment's own.")
+    ] = 4,
+    metric: Annotated[
+        list[str] | None, typer.Option("--metric", help="What is measured; may be repeated.")
+    ] = None,
+) -> None:
+    """Patch every site at every step, and write the map; killed, it goes on where it was.
+
+    Example: workbench sweep experiment.json --out map --capture unet.mid_block --seeds 2
+    """
+    from workbench.cli.experiments import survey
+
+    opened = wb.Experiment.load(experiment)
+    for line in survey(opened, out, sites=site, steps=step, window=window, seeds=seeds, metrics=metric):
+        typer.echo(line)
+
+
+@app.command()
+def export(
+    experiment: ExperimentFile,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="What to write: a .py or .ipynb file.")],
+    standalone: Annotated[bool, typer.Option("--standalone", help="On diffusers and torch alone.")] = False,
+) -> None:
+    """Write an experiment as a script or a notebook that makes the same image.
+
+    Example: workbench export experiment.json --standalone --out experiment.py
+    """
+    from workbench.cli.experiments import written
+
+    typer.echo(written(wb.Experiment.load(experiment), out, standalone=standalone))
+
+
+@app.command()
+def show(
+    folder: Folder,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The page to write.")] = Path(
+        "record.html"
+    ),
+) -> None:
+    """Write a saved record as a page that scrubs through its steps, without a kernel or a network.
+
+    Example: workbench show run --out run.html
+    """
+    typer.echo(str(wb.save_html(wb.load_record(folder), out)))
 
 
 @app.command()

@@ -34,9 +34,15 @@ Some = Annotated[tuple[int, ...], Field(min_length=1)]
 
 
 class Runs(Protocol):
-    """The runs of an experiment, as far as an intervention needs them."""
+    """The runs of an experiment, as far as an intervention needs them.
+
+    Attributes:
+        source: the run that is taken from.
+        allow_code: whether modules of the user's own may be imported.
+    """
 
     source: Record
+    allow_code: bool
 
     def plain(self, prompt: str | None, sites: Sequence[str]) -> Record:
         """Return a run of another prompt with the target's seed, which keeps ``sites``."""
@@ -272,8 +278,13 @@ class ModuleSpec(SiteChange):
         """Return the module at its site.
 
         Raises:
-            InputError: it cannot be imported.
+            InputError: it cannot be imported, or nobody said that it may be.
         """
+        if not runs.allow_code:
+            raise InputError(
+                f"The experiment wants to import {self.module!r}, which may run anything. If you trust it: "
+                "run(allow_code=True)."
+            )
         home, _, name = self.module.partition(":")
         try:
             found: Any = getattr(importlib.import_module(home), name)

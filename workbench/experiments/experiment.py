@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,9 @@ from workbench.tracing.session import Listener
 
 FORMAT = 2
 """The version of what an experiment is saved as."""
+
+CARRIED = "# experiment: "
+"""What begins the line of a script that holds its experiment as JSON."""
 
 _LARGEST = 16 << 20
 _SAID = 5
@@ -145,7 +149,7 @@ class Experiment(BaseModel):
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read an experiment from a JSON file.
+        """Read an experiment from a JSON file, or from a script or notebook that one was exported to.
 
         Raises:
             InputError: the file is no experiment; the message lists what is wrong with it.
@@ -153,10 +157,13 @@ class Experiment(BaseModel):
         try:
             if Path(path).stat().st_size > _LARGEST:
                 raise InputError(f"{path} is no experiment: it has more than {_LARGEST >> 20} MiB.")
-            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
+            text = Path(path).read_text(encoding="utf-8")
+            if Path(path).suffix in (".py", ".ipynb"):
+                text = _carried(text)
+            return cls.model_validate_json(text)
         except ValidationError as error:
             raise InputError(f"{path} is no experiment: {_wrong(error)}.") from None
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
             raise InputError(f"{path} is no experiment: {error}") from error
 
     def save(self, path: str | Path) -> Path:
@@ -237,6 +244,7 @@ class Experiment(BaseModel):
         *,
         capture: tuple[Captured, ...] = (),
         listener: Listener | None = None,
+        allow_code: bool = False,
     ) -> Outcome:
         """Run source, target and, if anything is changed, the changed target and its branches.
 
@@ -244,14 +252,18 @@ class Experiment(BaseModel):
             model: an open model; None opens the one the experiment names.
             capture: further sites and probes to keep, in source and target.
             listener: told how the runs go on.
+            allow_code: whether to import what it names as modules of one's own, which may run anything.
+
+        Raises:
+            InputError: it does not fit the model, or imports something without being allowed to.
         """
         model = self.open() if model is None else model
         self.check_weights(model)
         kept = (*self.captures(), *capture)
         target = self.run_target(model, capture=capture if self.source_model else kept, listener=listener)
         source = self.run_source(model, target, capture=kept, listener=listener)
-        changed = self.patch(source, target, listener=listener)
-        branches = self.branches(source, target, changed, listener=listener)
+        changed = self.patch(source, target, listener=listener, allow_code=allow_code)
+        branches = self.branches(source, target, changed, listener=listener, allow_code=allow_code)
         return Outcome(self, source, target, changed, branches)
 
     def open(self) -> DiffusionModel:
@@ -304,16 +316,23 @@ class Experiment(BaseModel):
         other = model if self.source_model is None else DiffusionModel(self.source_model)
         return other.record(self.source, capture=capture, **settings)
 
-    def patch(self, source: Record, target: Record, *, listener: Listener | None = None) -> Record | None:
+    def patch(
+        self,
+        source: Record,
+        target: Record,
+        *,
+        listener: Listener | None = None,
+        allow_code: bool = False,
+    ) -> Record | None:
         """Return the changed run, computed only from the first changed step on; None if nothing is."""
         if not self.interventions:
             return None
         acting = self.acting(target.ledger.steps)
-        return _changed(target, acting, _Runs(self, source, target), [], listener)
+        return _changed(target, acting, _Runs(self, source, target, allow_code), [], listener)
 
-    def bound(self, source: Record, target: Record) -> list[Intervention]:
+    def bound(self, source: Record, target: Record, *, allow_code: bool = False) -> list[Intervention]:
         """Return the interventions with the runs they need, without turns."""
-        runs = _Runs(self, source, target)
+        runs = _Runs(self, source, target, allow_code)
         acting = self.acting(target.ledger.steps)
         return [each.bind(runs) for each in acting if not isinstance(each, TurnSpec)]
 
@@ -341,9 +360,10 @@ class Experiment(BaseModel):
         changed: Record | None,
         *,
         listener: Listener | None = None,
+        allow_code: bool = False,
     ) -> tuple[Branch, ...]:
         """Return the runs of the forks, each computed only from its step on."""
-        runs = _Runs(self, source, target)
+        runs = _Runs(self, source, target, allow_code)
         stem = target if changed is None else changed
 
         def grown(forks: Sequence[Fork], stem: Record) -> tuple[Branch, ...]:
@@ -383,8 +403,9 @@ class Outcome:
 class _Runs:
     """The runs that interventions of an experiment need."""
 
-    def __init__(self, experiment: Experiment, source: Record, target: Record) -> None:
+    def __init__(self, experiment: Experiment, source: Record, target: Record, allow_code: bool) -> None:
         self.experiment = experiment
+        self.allow_code = allow_code
         self.source = source
         self.target = target
         self._plain: dict[tuple[str | None, tuple[str, ...]], Record] = {}
@@ -466,6 +487,17 @@ def _check_forks(forks: Sequence[Fork], before: Sequence[Any], step: int = 0) ->
             )
         check_order(fork.interventions)
         _check_forks(fork.forks, (*before, *fork.interventions), fork.step)
+
+
+def _carried(text: str) -> str:
+    """Return the experiment that a script or a notebook carries in a comment, as JSON."""
+    if text.lstrip().startswith("{"):
+        cells = json.loads(text).get("cells", ())
+        text = "\n".join("".join(cell.get("source", ())) for cell in cells if isinstance(cell, dict))
+    for line in text.splitlines():
+        if line.startswith(CARRIED):
+            return line.removeprefix(CARRIED)
+    raise ValueError(f"no line of it begins with {CARRIED!r}, as in what was exported")
 
 
 def _wrong(error: ValidationError) -> str:

@@ -5,13 +5,14 @@ Everything a user typed enters a script through ``repr``, so that a prompt stays
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel
 
 from workbench.experiments.changes import AnySpec, Change, PatchSpec, TurnSpec
-from workbench.experiments.experiment import Experiment
+from workbench.experiments.experiment import CARRIED, Experiment
 from workbench.models.loop import Loop
 from workbench.models.model import DiffusionModel
 from workbench.tracing.ledger import ALL
@@ -157,3 +158,27 @@ def _steps_code(steps: Sequence[int]) -> str:
     first, last = steps[0], steps[-1]
     contiguous = list(steps) == list(range(first, last + 1))
     return f"range({first}, {last + 1})" if contiguous and len(steps) > 1 else repr(list(steps))
+
+
+def carrying(code: str, experiment: Experiment) -> str:
+    """Return a script with its experiment in a comment, which `Experiment.load` reads again."""
+    data = json.dumps(experiment.model_dump(mode="json", exclude_defaults=False))
+    return f"{code}\n{CARRIED}{data}\n"
+
+
+def notebook(code: str, experiment: Experiment) -> str:
+    """Return a script as a notebook of one cell, nbformat 4.5, with its experiment."""
+    cells: list[dict[str, Any]] = [
+        {
+            "cell_type": "code",
+            "id": name,
+            "metadata": {},
+            "outputs": [],
+            "execution_count": None,
+            "source": text,
+        }
+        for name, text in (("experiment", code), ("data", carrying("", experiment).strip()))
+    ]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    whole = {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
+    return json.dumps(whole, indent=1) + "\n"

@@ -1,0 +1,144 @@
+"""Files that are no experiments, made by hand and by chance: one named error each, and nothing runs."""
+
+import json
+import random
+
+import pytest
+
+from workbench.cli.main import main
+from workbench.errors import InputError
+from workbench.experiments.experiment import FORMAT, Experiment
+
+WHOLE = {
+    "format": FORMAT,
+    "model": "shapes-unet",
+    "source": "a red circle",
+    "target": "a blue circle",
+    "seed": 3,
+    "num_inference_steps": 4,
+    "guidance_scale": 3.0,
+    "arguments": {"eta": 0.0},
+    "interventions": [
+        {"kind": "patch", "site": "unet.mid_block", "steps": [0, 1], "branch": "cond"},
+        {"kind": "steer", "site": "unet.conv_in", "pairs": [["a", "b"]], "strength": 2.0},
+        {"kind": "turn", "step": 2, "prompt": "a cross"},
+    ],
+    "forks": [{"step": 3, "guidance_scale": 1.0}],
+}
+PATCH = WHOLE["interventions"][0]
+
+
+def changed(**changes):
+    return json.dumps({**WHOLE, **changes})
+
+
+def patched(**changes):
+    return changed(interventions=[{**PATCH, **changes}])
+
+
+BY_HAND = [
+    "",
+    " ",
+    "null",
+    "true",
+    "1",
+    "[]",
+    '"experiment"',
+    "{",
+    "{}}",
+    "NaN",
+    "\x00",
+    "{'source': 1}",
+    json.dumps(WHOLE)[:-1],
+    json.dumps(WHOLE)[: len(json.dumps(WHOLE)) // 2],
+    json.dumps(WHOLE) * 2,
+    "[" * 100_000,
+    '{"a":' * 50_000,
+    changed(format=0),
+    changed(format=FORMAT + 1),
+    changed(format="2"),
+    changed(format=None),
+    changed(model=7),
+    changed(source=None),
+    changed(source=["a"]),
+    changed(seed="three"),
+    changed(seed=1.5),
+    changed(num_inference_steps=0),
+    changed(guidance_scale=float("nan")),
+    changed(guidance_scale=float("inf")),
+    changed(arguments=[]),
+    changed(weights="sha256:short"),
+    changed(interventions={}),
+    changed(interventions=[None]),
+    changed(interventions=[[]]),
+    changed(nothing="of ours"),
+    changed(forks=[{"step": 1}]),
+    changed(forks=[{"step": 3, "prompt": "a", "forks": [{"step": 2, "prompt": "b"}]}]),
+    patched(kind="patchh"),
+    patched(site="../../etc/passwd"),
+    patched(site="unet.mid_block:__class__"),
+    patched(steps=["one"]),
+    patched(strength=float("inf")),
+    patched(mask=[[0, 1], [0]]),
+    patched(branch=""),
+]
+
+
+@pytest.mark.parametrize("text", BY_HAND, ids=range(len(BY_HAND)))
+def test_what_was_made_wrong_by_hand_is_one_named_error(tmp_path, capsys, text):
+    (tmp_path / "experiment.json").write_text(text)
+    with pytest.raises(InputError, match="is no experiment") as caught:
+        Experiment.load(tmp_path / "experiment.json")
+    assert len(str(caught.value)) < 2000
+    with pytest.raises(SystemExit) as ended:
+        main(["run", str(tmp_path / "experiment.json"), "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert said.count("\n") == 1
+    assert "Traceback" not in said
+    assert not (tmp_path / "out").exists()
+
+
+def mutated(chance):
+    """Return an experiment's file with a few bytes changed, cut off, doubled or moved."""
+    data = bytearray(json.dumps(WHOLE, indent=1).encode())
+    for _ in range(chance.randint(1, 4)):
+        at, what = chance.randrange(len(data)), chance.randrange(5)
+        if what == 0:
+            data[at] = chance.randrange(256)
+        elif what == 1:
+            del data[at : at + chance.randint(1, 40)]
+        elif what == 2:
+            data[at:at] = data[chance.randrange(len(data)) :][: chance.randint(1, 60)]
+        elif what == 3:
+            data[at:at] = chance.choice([b"null", b"1e999", b"-1", b"{}", b"[]", b'"\\ud800"', b"NaN"])
+        else:
+            del data[max(at, 1) :]
+    return bytes(data)
+
+
+def test_a_thousand_mutations_are_experiments_or_one_named_error_each(tmp_path):
+    chance, refused = random.Random(0), 0
+    path = tmp_path / "experiment.json"
+    for _ in range(1000):
+        path.write_bytes(mutated(chance))
+        try:
+            assert isinstance(Experiment.load(path), Experiment)
+        except InputError:
+            refused += 1
+    assert refused > 800
+
+
+def test_scripts_that_carry_none_are_refused(tmp_path):
+    texts = {"a.py": "print(1)", "a.ipynb": "{}", "b.ipynb": '{"cells": [1]}', "c.ipynb": "["}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(InputError, match="is no experiment"):
+            Experiment.load(tmp_path / name)
+
+
+def test_a_file_too_large_to_be_one_is_not_read(tmp_path):
+    with (tmp_path / "experiment.json").open("wb") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(InputError, match="more than 16 MiB"):
+        Experiment.load(tmp_path / "experiment.json")
