@@ -217,7 +217,7 @@ def test_the_demonstration_patches_a_colour(capsys, tmp_path):
     assert status == 0
     assert int(said.split("source: ")[1].split("%")[0]) > 50
     assert wb.Experiment.load(tmp_path / "experiment.json").model == "shapes-unet"
-    read = [wb.zoo.read(Image.open(tmp_path / f"{name}.png")) for name in ("target", "patched")]
+    read = [wb.zoo.shapes.read(Image.open(tmp_path / f"{name}.png")) for name in ("target", "patched")]
     assert [each.things[0].colour for each in read] == ["blue", "red"]
 
 

@@ -107,7 +107,7 @@ def mutated(chance):
         if what == 0:
             data[at] = chance.randrange(256)
         elif what == 1:
-            del data[at : at + chance.randint(1, 40)]
+            del data[max(at, 1) : at + chance.randint(1, 40)]
         elif what == 2:
             data[at:at] = data[chance.randrange(len(data)) :][: chance.randint(1, 60)]
         elif what == 3:

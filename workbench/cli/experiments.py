@@ -21,14 +21,15 @@ from workbench.models.model import DiffusionModel
 from workbench.models.outline import patch_sites
 from workbench.models.shapes import Shapes
 from workbench.tracing.record import Record
+from workbench.tracing.storage.saved import load_record
 
 DEMO = Experiment(
     model="shapes-unet",
-    source="a red circle on a dark background",
-    target="a blue circle on a dark background",
+    source="a red circle",
+    target="a blue circle",
     num_inference_steps=20,
     guidance_scale=3.0,
-    source_from=1,
+    source_from=10,
     interventions=(
         PatchSpec(site="unet.up_blocks.2.attentions.1.transformer_blocks.0.attn2", branch="cond"),
     ),
@@ -126,6 +127,15 @@ def written(experiment: Experiment, out: Path, *, standalone: bool) -> str:
     text = carrying(code, experiment) if out.suffix == ".py" else notebook(code, experiment)
     out.write_text(text, encoding="utf-8")
     return str(out)
+
+
+def reopened(folder: Path, model: str | None) -> Record:
+    """Return a saved record with the model that it is of, or another one."""
+    record = load_record(folder)
+    reference = model or record.spec.model
+    if not reference:
+        raise InputError(f"{folder} is of a model that was made in memory. Say what decodes it: --model.")
+    return load_record(folder, model=DiffusionModel(reference))
 
 
 def _sites_of(model: DiffusionModel, experiment: Experiment) -> list[str]:

@@ -164,12 +164,18 @@ def show(
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The page to write.")] = Path(
         "record.html"
     ),
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="MODEL", help="What decodes its latents; its own if not given."),
+    ] = None,
 ) -> None:
     """Write a saved record as a page that scrubs through its steps, without a kernel or a network.
 
     Example: workbench show run --out run.html
     """
-    typer.echo(str(wb.save_html(wb.load_record(folder), out)))
+    from workbench.cli.experiments import reopened
+
+    typer.echo(str(wb.save_html(reopened(folder, model), out)))
 
 
 @app.command()

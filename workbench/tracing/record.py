@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -53,7 +53,8 @@ class Forks(Protocol):
         """Run ``record`` again from ``step`` with ``changes``."""
 
 
-class Passage(NamedTuple):
+@dataclass
+class Passage:
     """One value that passed a captured site.
 
     Attributes:
