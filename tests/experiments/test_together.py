@@ -8,8 +8,9 @@ import torch
 from tests import tiny
 from tests.watching import as_bytes, forwards_of
 from workbench.errors import InputError
+from workbench.experiments.editing import TakeLatents
 from workbench.experiments.together import evenly, fork_rows, goes_together
-from workbench.interventions.attention import Reweight
+from workbench.interventions.attention import ForceMap, Reweight
 from workbench.interventions.control import RandomDirection
 from workbench.interventions.patch import Patch
 from workbench.models.model import DiffusionModel
@@ -54,6 +55,20 @@ def test_one_row_is_a_fork_to_the_byte(model):
     patch = Patch(SITE, source=source, steps=2)
     (row,) = fork_rows([target], [[patch]], 2)
     assert as_bytes(row.latents) == as_bytes(target.fork(2, interventions=[patch]).latents)
+
+
+def test_edits_of_attention_are_a_rows_own(model):
+    target = run(model)
+    layer = f"{SITE}.attentions.0.transformer_blocks.0.attn2"
+    edits = [
+        Reweight(layer, words={"red": 6.0}),
+        ForceMap(layer, word="circle", map=torch.eye(4)),
+        Reweight(layer, words={"circle": 0.0}, strength=0.5),
+    ]
+    rows = fork_rows([target] * 3, [[edit] for edit in edits], 1)
+    alone = [target.fork(1, interventions=[edit]) for edit in edits]
+    assert max(apart(row, one) for row, one in zip(rows, alone, strict=True)) <= 1e-5
+    assert min(apart(row, target) for row in rows) > 1e-4
 
 
 def test_rows_are_computed_in_one_call_a_step_from_the_first_on(model):
@@ -104,7 +119,7 @@ def test_runs_that_are_not_alike_are_refused(model, changed, said):
 def test_a_change_that_cannot_be_one_rows_is_refused(model):
     source = run(model)
     patch = Patch(SITE, source=source, samples=0)
-    for edit in (patch, replace(patch, samples=(0,)), Reweight(words={"red": 2.0})):
+    for edit in (patch, replace(patch, samples=(0,)), TakeLatents(source=source, samples=0)):
         with pytest.raises(InputError, match="one row's of several"):
             fork_rows([source, source], [[edit], []], 0)
 

@@ -60,5 +60,5 @@ def test_restoring_what_was_corrupted_restores_the_run_to_the_byte(model):
 def test_what_is_no_strength_or_token_is_refused(model):
     with pytest.raises(InputError, match="strength="):
         Corrupt(strength=float("nan"))
-    with pytest.raises(InputError, match="names others"):
+    with pytest.raises(InputError, match="24 places"):
         run(model, interventions=[Corrupt(tokens=(10_000,))])

@@ -132,7 +132,7 @@ def test_what_an_option_cannot_be_is_said(saved, options, error, said):
 def test_quantised_weights_are_traced_and_captured():
     """In a process of its own: beside torchao every import of diffusers is slower and has much to say."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/models/quantised.py"],
+        [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "tests/models/quantised.py"],
         cwd=REPOSITORY,
         env={**os.environ, "PYTHONPATH": str(QUANTISED)},
         capture_output=True,

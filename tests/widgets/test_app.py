@@ -345,7 +345,7 @@ def test_export_writes_what_is_on_screen(tmp_path, monkeypatch):
         assert "import workbench" not in (tmp_path / "experiment-standalone-1.py").read_text()
         assert bench.export("standalone").name == "experiment-standalone-2.py"
         assert bench.export("workbench").read_text() == bench.code.code
-        assert json.loads(bench.export("experiment").read_text())["patches"][0]["site"] == SITE
+        assert json.loads(bench.export("experiment").read_text())["interventions"][0]["site"] == SITE
         assert bench.export("workbench", tmp_path / "mine.py") == tmp_path / "mine.py"
         front_end(bench.code, kind="export", format="workbench")
         assert sorted(path.name for path in tmp_path.glob("experiment*")) == [

@@ -54,19 +54,35 @@ def weights(
     wanted, keys = query[:, :, queries].float() * factor, key.float().transpose(-1, -2)
     if mask is not None and mask.shape[2] > 1:
         mask = mask[:, :, queries]
+    total = wanted.shape[2]
     chunk = max(_CHUNK // max(wanted.shape[0] * wanted.shape[1] * keys.shape[3], 1), 1)
-    parts = []
-    for start in range(0, wanted.shape[2], chunk):
-        stretch = slice(start, start + chunk)
-        logits = wanted[:, :, stretch] @ keys
-        if mask is not None:
-            logits = masked(logits, mask[:, :, stretch] if mask.shape[2] > 1 else mask)
-        probs = logits.softmax(-1)
-        if mask is not None:
-            # A query that may see no key has no weights; the kernel gives it zeros too.
-            probs = probs.nan_to_num(0.0)
-        parts.append(_joined(probs[..., columns], over_heads))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
+    if chunk >= total:
+        return _joined(_probabilities(wanted @ keys, mask, slice(None))[..., columns], over_heads)
+    # Memory taken once: of stretches that come and go, the process would keep many times as much.
+    room = None if _has_graph(wanted, keys) else keys.new_empty(*wanted.shape[:2], chunk, keys.shape[3])
+    result: torch.Tensor | None = None
+    for start in range(0, total, chunk):
+        stretch = slice(start, min(start + chunk, total))
+        some = wanted[:, :, stretch]
+        logits = some @ keys if room is None else torch.matmul(some, keys, out=room[:, :, : some.shape[2]])
+        part = _joined(_probabilities(logits, mask, stretch)[..., columns], over_heads)
+        if result is None:
+            result = part.new_empty(*part.shape[:-2], total, part.shape[-1])
+        result[..., stretch, :] = part
+    assert result is not None
+    return result
+
+
+def _probabilities(logits: torch.Tensor, mask: torch.Tensor | None, stretch: slice) -> torch.Tensor:
+    """Return the softmax of a stretch of queries under its part of the mask."""
+    if mask is None:
+        return logits.softmax(-1)
+    # A query that may see no key has no weights; the kernel gives it zeros too.
+    return masked(logits, mask[:, :, stretch] if mask.shape[2] > 1 else mask).softmax(-1).nan_to_num(0.0)
+
+
+def _has_graph(*tensors: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
 
 
 def masked(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from workbench.errors import InputError
+from workbench.interventions.attention import AttentionEdit
 from workbench.interventions.control import RandomDirection
 from workbench.interventions.intervention import Intervention
 from workbench.models import arguments as checks
@@ -66,9 +67,9 @@ def of_sample(edit: Intervention, sample: int) -> Intervention:
     """Return an intervention as it acts on one sample of several.
 
     Raises:
-        InputError: it names samples itself, or acts where samples cannot be told apart.
+        InputError: it names samples itself, or watches the run by means of its own.
     """
-    if edit.samples is not None or not edit.sites:
+    if edit.samples is not None or not (edit.sites or isinstance(edit, AttentionEdit)):
         raise InputError(f"{type(edit).__name__} at {edit.site} cannot be one row's of several.")
     if isinstance(edit, RandomDirection):
         return replace(edit, patch=replace(edit.patch, samples=sample), samples=sample)
