@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from tests import tiny
 from workbench.errors import InputError
-from workbench.experiments.changes import AblateSpec, PatchSpec, ScaleSpec, SteerSpec, TurnSpec
+from workbench.experiments.changes import AblateSpec, ModuleSpec, PatchSpec, ScaleSpec, SteerSpec, TurnSpec
 from workbench.experiments.experiment import Experiment, Outcome
 from workbench.experiments.scripts import workbench_code
 from workbench.experiments.standalone import standalone_code
@@ -254,12 +255,13 @@ def test_model_made_in_memory_cannot_be_exported_alone():
 
 
 @pytest.mark.parametrize(
-    "site", ["latents", "unet.mid_block.attentions.0.transformer_blocks.0.attn2:heads", "unet:inputs"]
+    "site", ["unet.mid_block.attentions.0.transformer_blocks.0.attn2:probs", "unet:inputs"]
 )
 def test_a_site_that_plain_hooks_do_not_reach_is_not_exported_alone(site):
     model = DiffusionModel("shapes-unet")
-    source = model.record("a red circle", num_inference_steps=2, seed=0, capture=[site])
-    target = model.record("a blue circle", num_inference_steps=2, seed=0)
+    runs = [
+        model.record(prompt, num_inference_steps=2, seed=0) for prompt in ("a red circle", "a blue circle")
+    ]
     experiment = Experiment(
         model="shapes-unet",
         source="a red circle",
@@ -268,5 +270,42 @@ def test_a_site_that_plain_hooks_do_not_reach_is_not_exported_alone(site):
         interventions=(PatchSpec(site=site, steps=(1,)),),
     )
     with pytest.raises(InputError, match="format='workbench'"):
-        standalone_code(experiment, source, target)
+        standalone_code(experiment, *runs)
     assert str(Site.parse(site)) in workbench_code(experiment)
+
+
+def test_what_an_experiment_imports_is_exported_only_for_those_who_trust_it(scripts):
+    outcome = scripts["sd1"].outcome
+    imports = ModuleSpec(site="unet.mid_block", module="os:system", arguments={"command": "true"})
+    experiment = outcome.experiment.model_copy(update={"interventions": (imports,)})
+    with pytest.raises(InputError, match=r"os:system.*allow_code"):
+        standalone_code(experiment, outcome.source, outcome.target)
+    assert "allow_code" not in workbench_code(experiment)
+    assert "allow_code=True" in workbench_code(experiment, allow_code=True)
+
+
+def test_source_of_another_model(tmp_path, scripts):
+    folder = scripts["sd1"].path.with_suffix("")
+    other = tiny.sd1()
+    torch.nn.init.normal_(other.unet.conv_in.weight, generator=torch.Generator().manual_seed(9))
+    other.save_pretrained(tmp_path / "other")
+    experiment = Experiment(
+        model=str(folder),
+        source_model=str(tmp_path / "other"),
+        source="a red circle",
+        target="a blue circle",
+        num_inference_steps=2,
+        interventions=(PatchSpec(site="unet.mid_block", branch="cond"),),
+    )
+    outcome = experiment.run()
+    code = standalone_code(experiment, outcome.source, outcome.target)
+    (tmp_path / "script.py").write_text(code, encoding="utf-8")
+    run_python(
+        "import runpy, sys\nsys.modules['workbench'] = None\nsys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n",
+        tmp_path / "script.py",
+        "--out",
+        tmp_path / "image.png",
+    )
+    assert Image.open(tmp_path / "image.png").tobytes() == outcome.patched.images[0].tobytes()
+    assert outcome.patched.images[0].tobytes() != outcome.target.images[0].tobytes()

@@ -22,7 +22,7 @@ def head_count(module: nn.Module) -> int | None:
         if isinstance(count, int):
             return count
     config = getattr(module, "config", None)
-    count = getattr(config, "num_attention_heads", None) if _projection(module) is not None else None
+    count = getattr(config, "num_attention_heads", None) if projection_path(module) is not None else None
     return count if isinstance(count, int) else None
 
 
@@ -47,9 +47,9 @@ def attach(rig: Rig, target: Target, pass_by: PassBy) -> Owned:
     """
     pass_heads = _by_heads(target, pass_by)
     assert isinstance(target, nn.Module)
-    projection = _projection(target)
-    if projection is not None:
-        return _before(rig, projection, pass_heads)
+    path = projection_path(target)
+    if path is not None:
+        return _before(rig, target.get_submodule(path), pass_heads)
 
     def after(_: Any, _args: Any, _kwargs: Any, output: Any) -> Any:
         if isinstance(output, tuple):
@@ -95,13 +95,14 @@ def _by_heads(target: Target, pass_by: PassBy) -> PassBy:
     return pass_heads
 
 
-def _projection(module: nn.Module) -> nn.Module | None:
+def projection_path(layer: nn.Module) -> str | None:
+    """Return the path, below a layer, of what mixes the heads of its image; None if nothing does."""
     for name in _PROJECTIONS:
-        found = getattr(module, name, None)
+        found = getattr(layer, name, None)
         if isinstance(found, (nn.ModuleList, nn.Sequential)) and len(found):
-            found = found[0]
+            return f"{name}.0"
         if isinstance(found, nn.Module):
-            return found
+            return name
     return None
 
 

@@ -113,7 +113,7 @@ def survey(
         yield f"{float(best):8.3f}  {best.site.item()}, step {best.step.item()}"
 
 
-def written(experiment: Experiment, out: Path, *, standalone: bool) -> str:
+def written(experiment: Experiment, out: Path, *, standalone: bool, allow_code: bool = False) -> str:
     """Write an experiment as code; returns what was written."""
     if out.suffix not in (".py", ".ipynb"):
         raise InputError(f"{out} is neither a script nor a notebook: give a name that ends in .py or .ipynb.")
@@ -121,9 +121,9 @@ def written(experiment: Experiment, out: Path, *, standalone: bool) -> str:
         model, kept = experiment.open(), experiment.captures()
         target = experiment.run_target(model, capture=kept)
         source = experiment.run_source(model, target, capture=kept)
-        code = standalone_code(experiment, source, target)
+        code = standalone_code(experiment, source, target, allow_code=allow_code)
     else:
-        code = workbench_code(experiment)
+        code = workbench_code(experiment, allow_code=allow_code)
     text = carrying(code, experiment) if out.suffix == ".py" else notebook(code, experiment)
     out.write_text(text, encoding="utf-8")
     return str(out)

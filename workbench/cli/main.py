@@ -148,6 +148,7 @@ def export(
     experiment: ExperimentFile,
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="What to write: a .py or .ipynb file.")],
     standalone: Annotated[bool, typer.Option("--standalone", help="On diffusers and torch alone.")] = False,
+    allow_code: AllowCode = False,
 ) -> None:
     """Write an experiment as a script or a notebook that makes the same image.
 
@@ -155,7 +156,8 @@ def export(
     """
     from workbench.cli.experiments import written
 
-    typer.echo(written(wb.Experiment.load(experiment), out, standalone=standalone))
+    opened = wb.Experiment.load(experiment)
+    typer.echo(written(opened, out, standalone=standalone, allow_code=allow_code))
 
 
 @app.command()

@@ -274,17 +274,25 @@ class ModuleSpec(SiteChange):
             raise ValueError("a feature goes either to or times something")
         return self
 
+    def check_trusted(self, allow_code: bool) -> None:
+        """Refuse to import it where nobody said that it may be.
+
+        Raises:
+            InputError: with what it would import.
+        """
+        if not allow_code:
+            raise InputError(
+                f"The experiment wants to import {self.module!r}, which may run anything. If you trust it: "
+                "allow_code=True."
+            )
+
     def bind(self, runs: Runs) -> Attach | Feature:
         """Return the module at its site.
 
         Raises:
             InputError: it cannot be imported, or nobody said that it may be.
         """
-        if not runs.allow_code:
-            raise InputError(
-                f"The experiment wants to import {self.module!r}, which may run anything. If you trust it: "
-                "run(allow_code=True)."
-            )
+        self.check_trusted(runs.allow_code)
         home, _, name = self.module.partition(":")
         try:
             found: Any = getattr(importlib.import_module(home), name)

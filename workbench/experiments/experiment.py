@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 from workbench import zoo
 from workbench.attention.words import find, words_of
 from workbench.errors import InputError
-from workbench.experiments.changes import AnySpec, TurnSpec, check_order
+from workbench.experiments.changes import AnySpec, Runs, TurnSpec, check_order
 from workbench.experiments.texts import readings
 from workbench.interventions.intervention import Intervention
 from workbench.models.asked import Captured
@@ -51,6 +51,11 @@ class Fork(TurnSpec):
         if not self.changes() and not self.interventions:
             raise ValueError("a fork changes something: prompt, guidance_scale, arguments or interventions")
         return self
+
+    def acting(self, steps: int) -> list[Any]:
+        """Return what acts in the branch of runs of ``steps`` steps: its own arguments first."""
+        told = [TurnSpec(**self.model_dump(include=_TURN))] if self.changes() else []
+        return [*told, *_acting(self.interventions, steps, self.step, every=True)]
 
 
 class Experiment(BaseModel):
@@ -220,7 +225,7 @@ class Experiment(BaseModel):
 
     def captures(self) -> tuple[str, ...]:
         """Return the sites the source's run must keep."""
-        every = [*self.interventions, *(each for fork in _all(self.forks) for each in fork.interventions)]
+        every = self.every_change()
         return tuple(dict.fromkeys(site for each in every for site in getattr(each, "captures", ())))
 
     def acting(self, steps: int) -> list[Any]:
@@ -327,12 +332,12 @@ class Experiment(BaseModel):
         """Return the changed run, computed only from the first changed step on; None if nothing is."""
         if not self.interventions:
             return None
-        acting = self.acting(target.ledger.steps)
-        return _changed(target, acting, _Runs(self, source, target, allow_code), [], listener)
+        acting, runs = self.acting(target.ledger.steps), self.runs(source, target, allow_code=allow_code)
+        return rerun(target, acting, runs, listener=listener)
 
     def bound(self, source: Record, target: Record, *, allow_code: bool = False) -> list[Intervention]:
         """Return the interventions with the runs they need, without turns."""
-        runs = _Runs(self, source, target, allow_code)
+        runs = self.runs(source, target, allow_code=allow_code)
         acting = self.acting(target.ledger.steps)
         return [each.bind(runs) for each in acting if not isinstance(each, TurnSpec)]
 
@@ -363,21 +368,25 @@ class Experiment(BaseModel):
         allow_code: bool = False,
     ) -> tuple[Branch, ...]:
         """Return the runs of the forks, each computed only from its step on."""
-        runs = _Runs(self, source, target, allow_code)
-        stem = target if changed is None else changed
+        runs = self.runs(source, target, allow_code=allow_code)
 
         def grown(forks: Sequence[Fork], stem: Record) -> tuple[Branch, ...]:
             found = []
             for fork in forks:
-                late = _acting(fork.interventions, target.ledger.steps, fork.step, every=True)
-                told = [TurnSpec(**fork.model_dump(include=_TURN))] if fork.changes() else []
-                record = _changed(
-                    stem, [*told, *late], runs, list(stem.spec.interventions), listener, fork.step
-                )
+                acting, before = fork.acting(target.ledger.steps), stem.spec.interventions
+                record = rerun(stem, acting, runs, before, listener=listener, start=fork.step)
                 found.append(Branch(fork, record, grown(fork.forks, record)))
             return tuple(found)
 
-        return grown(self.forks, stem)
+        return grown(self.forks, target if changed is None else changed)
+
+    def runs(self, source: Record, target: Record, *, allow_code: bool = False) -> Runs:
+        """Return the runs that the experiment's interventions are bound to."""
+        return _Runs(self, source, target, allow_code)
+
+    def every_change(self) -> list[Any]:
+        """Return the interventions of the run and of all branches."""
+        return [*self.interventions, *(each for fork in _all(self.forks) for each in fork.interventions)]
 
 
 @dataclass(frozen=True)
@@ -423,15 +432,28 @@ class _Runs:
         return self.experiment.places(self.source if source else self.target, words)
 
 
-def _changed(
+def rerun(
     run: Record,
     acting: Sequence[Any],
-    runs: _Runs,
-    before: list[Any],
-    listener: Listener | None,
+    runs: Runs,
+    before: Sequence[Any] = (),
+    *,
+    listener: Listener | None = None,
     start: int | None = None,
 ) -> Record:
-    """Return a run with changes: a fork at the first of them, and one more at each turn after it."""
+    """Return a run with changes: a fork at the first of them, and one more at each turn after it.
+
+    Args:
+        run: what is changed.
+        acting: interventions and turns, as data.
+        runs: what the interventions take from.
+        before: interventions that go first.
+        listener: told how the runs go on.
+        start: the step to fork at; None is the first that anything is changed in.
+
+    Raises:
+        InputError: a turn is at a step that the run has not.
+    """
     steps = run.ledger.steps
     turns = [each for each in acting if isinstance(each, TurnSpec)]
     edits = [each for each in acting if not isinstance(each, TurnSpec)]

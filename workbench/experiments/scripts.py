@@ -11,14 +11,16 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from workbench.experiments.changes import AnySpec, Change, PatchSpec, TurnSpec
+from workbench.experiments.changes import AnySpec, Change, ModuleSpec, PatchSpec, TurnSpec
 from workbench.experiments.experiment import CARRIED, Experiment
 from workbench.models.loop import Loop
 from workbench.models.model import DiffusionModel
 from workbench.tracing.ledger import ALL
 
 
-def workbench_code(experiment: Experiment, model: DiffusionModel | None = None) -> str:
+def workbench_code(
+    experiment: Experiment, model: DiffusionModel | None = None, *, allow_code: bool = False
+) -> str:
     """Return the experiment as Python against the workbench.
 
     Runs and plain patches are written out; other interventions, branches and what pins a model stay the
@@ -30,9 +32,10 @@ def workbench_code(experiment: Experiment, model: DiffusionModel | None = None) 
     Args:
         experiment: what to write.
         model: the model it is of, if that is open.
+        allow_code: whether the script may import what the experiment names as modules of one's own.
     """
     if not _is_plain(experiment):
-        return _as_data(experiment, model)
+        return _as_data(experiment, model, allow_code=allow_code)
     settings = {**experiment.settings(), "seed": experiment.seed}
     capture = [f"capture={list(experiment.captures())!r}"] if experiment.interventions else []
     prompts = [[] if prompt is None else [repr(prompt)] for prompt in (experiment.source, experiment.target)]
@@ -79,10 +82,13 @@ def _is_plain(experiment: Experiment) -> bool:
     )
 
 
-def _as_data(experiment: Experiment, model: DiffusionModel | None) -> str:
+def _as_data(experiment: Experiment, model: DiffusionModel | None, *, allow_code: bool) -> str:
     given = _said(experiment)
-    fields = [f"    {name}={_literal(value, 4)}," for name, value in given.items()]
-    open_by = "experiment.run()" if experiment.model else "experiment.run(model)"
+    fields = [f"    {name}={literal(value, 4)}," for name, value in given.items()]
+    arguments = [] if experiment.model else ["model"]
+    if any(isinstance(each, ModuleSpec) for each in experiment.every_change()):
+        # Whoever only reads the file of an experiment has not agreed to what it imports.
+        arguments += ["allow_code=True"] if allow_code else []
     last = "target" if not experiment.interventions else "patched"
     lines = [
         "import workbench as wb",
@@ -91,7 +97,7 @@ def _as_data(experiment: Experiment, model: DiffusionModel | None) -> str:
         "experiment = wb.Experiment(",
         *fields,
         ")",
-        f"outcome = {open_by}",
+        f"outcome = experiment.run({', '.join(arguments)})",
         f"outcome.{last}.images[0]",
     ]
     return "\n".join(lines) + "\n"
@@ -107,14 +113,21 @@ def _said(part: BaseModel) -> dict[str, Any]:
     return told
 
 
-def _literal(value: Any, indent: int) -> str:
+class Code(str):
+    """Text that is code already, so that it is written without quotes."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def literal(value: Any, indent: int = 0) -> str:
     """Write data as Python, in one line or, where that would be long, an entry a line."""
     line = repr(value)
-    if len(line) + indent <= _WIDTH or not isinstance(value, (dict, list, tuple)) or not value:
+    if len(line) + indent <= _WIDTH or not isinstance(value, (dict, list)) or not value:
         return line
     inner = " " * (indent + 4)
     pairs = value.items() if isinstance(value, dict) else ((None, each) for each in value)
-    entries = [("" if key is None else f"{key!r}: ") + _literal(each, indent + 4) for key, each in pairs]
+    entries = [("" if key is None else f"{key!r}: ") + literal(each, indent + 4) for key, each in pairs]
     start, end = "{}" if isinstance(value, dict) else "[]"
     return "\n".join([start, *(f"{inner}{each}," for each in entries), " " * indent + end])
 

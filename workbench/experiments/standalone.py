@@ -1,121 +1,251 @@
 """An experiment as a script that needs diffusers and torch alone.
 
 Everything a user typed enters a script through ``repr``, so that a prompt stays a string whatever it holds.
-The script says its changes as data, and the machine that makes them is the same in every script.
+The script says its changes as data; the machine that makes them is the same in every script, less what that
+one does not need.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from workbench import zoo
+from workbench.attention.heads import head_count, projection_path
 from workbench.errors import InputError
+from workbench.experiments import machine
 from workbench.experiments.changes import (
     AblateSpec,
+    Change,
+    ForceMapSpec,
+    InjectSpec,
+    LayerChange,
+    ModuleSpec,
     PatchSpec,
+    ReweightSpec,
+    Runs,
     ScaleSpec,
     SiteChange,
     SteerSpec,
     TurnSpec,
 )
-from workbench.experiments.experiment import Experiment
+from workbench.experiments.experiment import Experiment, Fork, rerun
+from workbench.experiments.scripts import Code, literal
+from workbench.experiments.surveying import Group, Survey
+from workbench.interventions.intervention import BY_HEAD, numbered
 from workbench.interventions.scale import drawn
-from workbench.tracing.ledger import ALL, Row
+from workbench.models.model import DiffusionModel
+from workbench.tracing.guards import KERNEL_PORTS
+from workbench.tracing.ledger import ALL
 from workbench.tracing.record import Record
-from workbench.tracing.sites import Site
+from workbench.tracing.sites import Site, resolve
 from workbench.tracing.structure import Leaf, leaves
 
+Place = tuple[str, str, Leaf, int | None]
+"""Where a value passes in a script, see `workbench.experiments.machine`."""
+
 _ELSE = "Export this one as a script on the workbench: format='workbench'."
+_SCHEDULER = "scheduler.step"
+_PORTS = {"input", "inputs", "output", *KERNEL_PORTS}
 
 
-def standalone_code(experiment: Experiment, source: Record, target: Record) -> str:
+def standalone_code(
+    experiment: Experiment, source: Record, target: Record, *, allow_code: bool = False
+) -> str:
     """Return the experiment as a script that needs diffusers and torch alone.
 
+    The script saves the changed run's image, and beside it that of each branch. Where attention weights are
+    edited, the target runs once more, so that words and layers can be written as numbers.
+
     Args:
-        experiment: what to run; of its branches, none is in the script.
+        experiment: what to run.
         source: its source's run, whose ledger says which calls are which.
         target: its target's run.
+        allow_code: whether the script may import what the experiment names as modules of one's own.
 
     Raises:
-        InputError: the model was built in memory, so a script cannot open it, or something is changed
-            that plain hooks on modules do not reach.
+        InputError: the model was built in memory, so a script cannot open it; something is changed that
+            plain hooks on modules do not reach; or it imports something without being allowed to.
     """
-    acting = experiment.acting(target.ledger.steps)
-    if experiment.source_model is not None:
-        raise InputError(f"A standalone script has one model, and the source is of another. {_ELSE}")
-    if not acting:
-        return "\n\n".join(part.strip("\n") for part in (_HEAD, _constants(experiment), _OPEN, _PLAIN)) + "\n"
-    plan = _Plan(experiment, source, target, acting)
-    parts = (_HEAD, _constants(experiment), plan.constants(), _OPEN, _MACHINE, plan.ending())
+    if experiment.acting(target.ledger.steps) or experiment.forks:
+        parts = _Plan(experiment, source, target, allow_code).parts()
+    else:
+        parts = [_head(), _constants(experiment), machine.OPEN, machine.PLAIN]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """One of the script's runs: the name it goes by, what it changes, and what it tells the pipeline.
+
+    Attributes:
+        name: the variable that holds it.
+        sites: the changes at sites.
+        surveys: of the edits of attention.
+        told: arguments of the pipeline that are its own.
+        run: with these arguments and surveys, but without the changes: it has the same calls.
+    """
+
+    name: str
+    sites: tuple[SiteChange, ...]
+    surveys: tuple[Survey, ...]
+    told: Mapping[str, Any]
+    run: Record
+
+    def joined(self, acting: Sequence[Any], runs: Runs, step: int | None = None) -> _Branch:
+        """Return the run with more that acts in it, from a step on."""
+        surveys = tuple(Survey.of(each) for each in acting if isinstance(each, LayerChange))
+        sites = tuple(each for each in acting if isinstance(each, SiteChange))
+        run, before = self.run, self.run.spec.interventions
+        if surveys or step is not None:
+            run = rerun(run, surveys, runs, before, start=step)
+        return replace(self, sites=(*self.sites, *sites), surveys=(*self.surveys, *surveys), run=run)
+
+    def turned(self, turn: TurnSpec, runs: Runs) -> _Branch:
+        """Return the run with other arguments from a step on."""
+        run = rerun(self.run, [turn], runs, self.run.spec.interventions, start=turn.step)
+        return replace(self, told={**self.told, **turn.changes()}, run=run)
 
 
 class _Plan:
     """What a script does, call by call."""
 
-    def __init__(self, experiment: Experiment, source: Record, target: Record, acting: Sequence[Any]) -> None:
+    def __init__(self, experiment: Experiment, source: Record, target: Record, allow_code: bool) -> None:
         self.experiment = experiment
         self.source = source
         self.target = target
         self.steps = target.ledger.steps
         self.denoisers = {row.component for row in (*source.ledger, *target.ledger)}
-        self.changes = [self._change(each) for each in acting if not isinstance(each, TurnSpec)]
-        self.turns = [each for each in acting if isinstance(each, TurnSpec)]
+        self.changes: list[dict[str, Any]] = []
+        self._parted = bool(experiment.forks or _turns(experiment.interventions))
+        self._allow_code = allow_code
+        self._runs = experiment.runs(source, target, allow_code=allow_code)
+        self._lines = self._stem()
 
-    def constants(self) -> str:
-        """Return the changes as data."""
+    def parts(self) -> list[str]:
+        """Return the script, part by part."""
+        kinds = list(dict.fromkeys(each["do"] for each in self.changes))
+        values = [kind for kind in kinds if kind in machine.KINDS]
+        edits = [kind for kind in kinds if kind in machine.EDIT_KINDS]
+        ports = {place[1] for each in self.changes for place in (*each["at"], *each.get("from", ()))}
+        parts = [machine.BRANCHES] if self.experiment.forks else []
+        parts.append(machine.MACHINE)
+        if any("mask" in each or each["do"] == "force_map" for each in self.changes):
+            parts.append(machine.MASK)
+        if {"patch", "mean"} & set(values):
+            parts.append(machine.TAKEN)
+        parts += [machine.KINDS[kind] for kind in values]
+        if ports & {"kernel", *KERNEL_PORTS}:
+            parts.append(machine.ATTENTION)
+        if edits:
+            parts += [machine.EDITING, *(machine.EDIT_KINDS[kind] for kind in edits)]
+        if values:
+            parts.append(f"DO = {literal({kind: Code(machine.FUNCTIONS[kind]) for kind in values})}")
+        running = [*self._before(), *self._lines]
+        branches, modules = bool(self.experiment.forks), "module" in kinds
+        head = _head(runs=True, branches=branches, modules=modules)
+        return [head, _constants(self.experiment), self._data(), machine.OPEN, *parts, "\n".join(running)]
+
+    def _data(self) -> str:
         lines = [
-            "# Each change: what to do where (the module, its port, the part of what passes there), and in",
-            "# which of the denoiser's calls, to which rows of the batch, as (branch, of branches).",
-            "CHANGES = [",
-            *(f"    {change!r}," for change in self.changes),
-            "]",
+            "# Each change: what to do at which places (module, port, which tensor, heads), in which of the",
+            "# denoiser's or the scheduler's calls, to which rows of the batch, as (branch, of branches).",
+            f"CHANGES = {literal(self.changes)}",
             f"DENOISERS = {sorted(self.denoisers)!r}",
         ]
         return "\n".join(lines)
 
-    def ending(self) -> str:
-        """Return the runs, in order."""
-        lines, leaving, again = [], self.experiment.source_from, ""
-        shared = {str(run) for change in self.changes for run in change.get("runs", ())}
-        if "source" in shared:
-            if leaving:
+    # The runs, in order.
+
+    def _stem(self) -> list[str]:
+        acting = self.experiment.acting(self.steps)
+        branch = _Branch("changed", (), (), {}, self.target).joined(acting, self._runs)
+        lines = [self._running(branch)]
+        for turn in _turns(acting):
+            branch = branch.turned(turn, self._runs)
+            lines.append(self._running(branch, (branch.name, turn.step)))
+        lines.append("changed.image.save(options.out)")
+        return lines + self._branches(self.experiment.forks, branch)
+
+    def _branches(self, forks: Sequence[Fork], stem: _Branch) -> list[str]:
+        lines = []
+        for number, fork in enumerate(forks):
+            acting = fork.acting(self.steps)
+            name = f"{'branch' if stem.name == 'changed' else stem.name}_{number}"
+            branch = replace(stem, name=name).joined(acting, self._runs, fork.step)
+            left, turns = (stem.name, fork.step), _turns(acting)
+            if not turns or turns[0].step > fork.step:
+                lines.append(self._running(branch, left))
+                left = (name, fork.step)
+            for turn in turns:
+                branch = branch.turned(turn, self._runs)
+                lines.append(self._running(branch, (left[0], turn.step)))
+                left = (name, turn.step)
+            lines.append(f"{name}.image.save(beside({name.replace('_', '-')!r}))")
+            lines += self._branches(fork.forks, branch)
+        return lines
+
+    def _running(self, branch: _Branch, after: tuple[str, int] | None = None) -> str:
+        """Return the line of one run."""
+        words = {name: value for name, value in branch.told.items() if name == "prompt"}
+        rest = {name: value for name, value in branch.told.items() if name != "prompt"}
+        chosen = self._chosen(branch)
+        arguments = [
+            f"{{**TARGET, **{words!r}}}" if words else "TARGET",
+            *([f"{{**SETTINGS, **{rest!r}}}"] if rest else []),
+            *([f"changes={chosen}"] if chosen else []),
+            *([f"after={self._after(*after)}"] if after else []),
+        ]
+        return f"{branch.name} = run({', '.join(arguments)})"
+
+    def _before(self) -> list[str]:
+        """Return the runs that are taken from."""
+        lines: list[str] = []
+        leaving = self.experiment.source_from
+        for run in dict.fromkeys(run for change in self.changes for run in change.get("runs", ())):
+            if run != "source":
+                name = {"prompt": run[1], "seed": self.experiment.seed}
+                lines.append(f"run({name!r}, keeps={run!r})")
+            elif leaving:
                 self._check_alike(leaving)
-                lines.append("run(TARGET)")
-                again = f", again={self._reach(leaving)}"
-                comment = "  # the target's run up to where it leaves"
-                lines.append(f"run(SOURCE, keeps='source'{again}){comment}")
+                lines.append("target = run(TARGET)  # the source leaves it")
+                lines.append(f"run(SOURCE, keeps='source', after={self._after('target', leaving)})")
+            elif self.experiment.source_model is not None:
+                other = _model_code(self.experiment.source_model)
+                lines.append(f"other = DiffusionPipeline.from_pretrained({other})")
+                lines.append("run(SOURCE, keeps='source', pipeline=other)")
             else:
                 lines.append("run(SOURCE, keeps='source')")
-        others = dict.fromkeys(run for change in self.changes for run in change.get("runs", ()))
-        for prompt in others:
-            if prompt != "source":
-                name = {"prompt": prompt[1], "seed": self.experiment.seed}
-                lines.append(f"run({name!r}, keeps={prompt!r})")
-        lines.append("image = run(TARGET, changes=CHANGES)")
-        told: dict[str, Any] = {}
-        for turn in self.turns:
-            if turn.step >= self.steps:
-                raise InputError(
-                    f"The runs have {self.steps} steps; a turn at {turn.step} is in none of them."
-                )
-            told |= turn.changes()
-            words = {name: value for name, value in told.items() if name == "prompt"}
-            rest = {name: value for name, value in told.items() if name != "prompt"}
-            lines.append(
-                f"image = run({{**TARGET, **{words!r}}}, {{**SETTINGS, **{rest!r}}}, changes=CHANGES, "
-                f"again={self._reach(turn.step)})"
-            )
-        return "\n".join([*lines, "image.save(options.out)"])
+        return lines
 
-    def _reach(self, step: int) -> tuple[int, int]:
-        """Return how many calls of the denoiser, and how many of the scheduler, come before a step."""
-        first = self.target.ledger.at(step)[0]
-        return first.call, first.tick
+    def _after(self, name: str, step: int) -> str:
+        """Return a run, and how many calls of its scheduler come before a step."""
+        if step >= self.steps:
+            raise InputError(f"The runs have {self.steps} steps; a turn at {step} is in none of them.")
+        return f"({name}, {self.target.ledger.at(step)[0].tick})"
+
+    def _chosen(self, branch: _Branch) -> str:
+        """Return the changes of a run as code: those at sites, then the edits, which see what these left."""
+        changes = [self._change(each, branch.run) for each in branch.sites]
+        for survey in branch.surveys:
+            changes += [self._edit(survey.edit, group, branch.run) for group in survey.groups()]
+        numbers = [self._number(each) for each in changes]
+        if not numbers:
+            return ""
+        if numbers == list(range(len(numbers))) and not self._parted:
+            return "CHANGES"
+        return f"[{', '.join(f'CHANGES[{number}]' for number in numbers)}]"
+
+    def _number(self, change: dict[str, Any]) -> int:
+        """Return the number of a change in the script, which says it once."""
+        if change not in self.changes:
+            self.changes.append(change)
+        return self.changes.index(change)
 
     def _check_alike(self, leaving: int) -> None:
         for row in self.target.ledger:
@@ -125,54 +255,102 @@ class _Plan:
                     f"one from the other. {_ELSE}"
                 )
 
-    def _change(self, change: Any) -> dict[str, Any]:
-        if not isinstance(change, PatchSpec | AblateSpec | ScaleSpec | SteerSpec):
-            raise InputError(f"A standalone script cannot make the change {change.kind!r}. {_ELSE}")
-        plan: dict[str, Any] = {
-            "do": change.kind,
-            "at": self._place(change.site),
-            "calls": self._calls(change),
-        }
+    # The changes, as data.
+
+    def _change(self, change: SiteChange, run: Record) -> dict[str, Any]:
+        plan: dict[str, Any] = {"do": change.kind, "at": [self._place(change.site)]}
+        plan["calls"] = Calls(_calls(change, run))
+        if change.heads is not None:
+            _, count = self._layer(Site.parse(change.site))
+            plan["heads"] = numbered(change.heads, count, what="heads", site=change.site)
         if change.words is not None or change.tokens is not None:
             plan["tokens"] = self._tokens(change)
-        if change.strength != 1:
-            plan["strength"] = change.strength
-        if change.mask is not None:
-            plan["mask"] = [list(row) for row in change.mask]
+        plan |= _partly(change)
         if isinstance(change, ScaleSpec):
             plan["factor"] = change.factor
         elif isinstance(change, PatchSpec):
-            plan |= {
-                "runs": ["source"],
-                "given": self._given(change),
-                "from": self._place(change.captures[0]),
-            }
+            given = Calls(_given(change, run, self.source))
+            plan |= {"runs": ["source"], "given": given, "from": [self._place(change.captures[0])]}
             if (tokens := self._from_tokens(change)) is not None:
                 plan["from_tokens"] = tokens
         elif isinstance(change, AblateSpec):
-            plan |= self._ablation(change)
-        else:
+            plan |= self._ablation(change, plan["at"], run)
+        elif isinstance(change, SteerSpec):
             runs = [("prompt", prompt) for pair in change.pairs for prompt in pair]
             plan |= {"runs": runs, "method": change.method, "seen": self._seen(change), "from": plan["at"]}
+        else:
+            assert isinstance(change, ModuleSpec)
+            change.check_trusted(self._allow_code)
+            own = change.model_dump(include={"module", "arguments", "feature", "to", "times"})
+            plan |= {name: value for name, value in own.items() if value is not None or name == "arguments"}
         return plan
 
-    def _ablation(self, change: AblateSpec) -> dict[str, Any]:
+    def _ablation(self, change: AblateSpec, place: list[Place], run: Record) -> dict[str, Any]:
+        if change.how == "zero":
+            return {"do": "zero"}
+        if change.how == "noise":
+            return {"do": "noise", "seed": change.seed}
         runs = [("prompt", prompt) for prompt in change.references]
-        place = {"from": self._place(change.site), "given": self._given(change, self.target)}
+        taken = {"from": place, "given": Calls(_given(change, run, self.target))}
         if change.how == "resample":
-            return {**place, "do": "patch", "runs": [runs[drawn(change.seed, len(runs))]]}
-        if change.how == "mean":
-            return {**place, "do": "mean", "runs": runs}
-        return {"do": change.how, **({"seed": change.seed} if change.how == "noise" else {})}
+            return {"do": "patch", **taken, "runs": [runs[drawn(change.seed, len(runs))]]}
+        return {"do": "mean", **taken, "runs": runs}
 
-    def _place(self, spelled: str) -> tuple[str, str, Leaf]:
+    def _edit(self, edit: LayerChange, group: Group, run: Record) -> dict[str, Any]:
+        """Return an edit of attention in layers where it acts alike."""
+        calls = {call: rows for call, rows in _calls(edit, run).items() if call in group.calls}
+        plan: dict[str, Any] = {
+            "do": edit.kind,
+            "at": [(path, "kernel", (), 0) for path in group.layers],
+            "calls": Calls(calls),
+            "image": group.place.image,
+        }
+        if edit.heads is not None:
+            _, count = self._layer(Site(group.layers[0], "heads"))
+            plan["heads"] = numbered(edit.heads, count, what="heads", site=group.layers[0])
+        plan |= _partly(edit)
+        keys = [list(columns) for columns in group.place.keys]
+        if isinstance(edit, ReweightSpec):
+            plan["words"] = list(zip(keys, edit.words.values(), strict=True))
+        elif isinstance(edit, ForceMapSpec):
+            picture = [list(row) for row in edit.map]
+            plan |= {"keys": keys[0], "map": picture, "shape": group.place.shape}
+        else:
+            assert isinstance(edit, InjectSpec)
+            given = {call: rows for call, rows in _given(edit, run, self.source).items() if call in calls}
+            places = [(edit.site, port, (), 0) for port in ("query", "key")]
+            plan |= {"runs": ["source"], "given": Calls(given), "from": places}
+        return plan
+
+    def _place(self, spelled: str) -> Place:
         site = Site.parse(spelled)
-        if site.port not in ("output", "input") or site.path.partition(".")[0] not in self.denoisers:
+        if site.path == _SCHEDULER and site.port in ("input", "output"):
+            return (site.path, site.port, self._leaf(site), None)
+        inside = site.path.partition(".")[0] in self.denoisers
+        if inside and site.port == "heads":
+            layer, count = self._layer(site)
+            projection = projection_path(layer)
+            if projection is not None:
+                return (f"{site.path}.{projection}", "input", (), count)
+            return (site.path, "output", (), count)
+        leaf = self._leaf(site)
+        if not inside or site.port not in _PORTS or (site.port == "inputs" and not leaf):
             raise InputError(
-                f"A standalone script changes the output or input of a denoiser's module, not {spelled}. "
-                f"{_ELSE}"
+                "A standalone script changes what passes the scheduler or modules of a denoiser, one tensor "
+                f"each, not {spelled}. {_ELSE}"
             )
-        return site.path, site.port, self._leaf(site)
+        return (site.path, site.port, leaf, 0 if site.port in KERNEL_PORTS else None)
+
+    def _layer(self, site: Site) -> tuple[nn.Module, int]:
+        """Return an attention layer and how many heads a site of it has."""
+        model = self.target.model
+        assert isinstance(model, DiffusionModel)
+        layer = resolve(model.denoisers, site.path)
+        assert isinstance(layer, nn.Module)
+        for run in (self.source, self.target):
+            if site.port in KERNEL_PORTS and str(site) in run.captured:
+                return layer, int(run.passages(site)[0].value.shape[1])
+        return layer, head_count(layer) or 1
 
     def _leaf(self, site: Site) -> Leaf:
         """Return where in the value the tensor is, spelled out also where the site leaves it to us."""
@@ -181,83 +359,129 @@ class _Plan:
         found = list(leaves(self.source.passages(site)[0].value))
         return found[0][0] if len(found) == 1 else ()
 
-    def _calls(self, change: SiteChange) -> dict[int, list[tuple[int, int]]]:
-        """Return for each call the rows that are changed, as (branch, of branches)."""
-        chosen, found = change.act(self.steps), {}
-        for row in self.target.ledger:
-            branches = [each for each in row.branches if change.branch in (ALL, "both", each)]
-            if row.step in chosen and branches:
-                found[row.call] = [(row.branches.index(each), len(row.branches)) for each in branches]
-        return found
-
-    def _given(self, change: Any, run: Record | None = None) -> dict[int, list[tuple[int, int, int]]]:
-        """Return for each call, and each of its rows, the call of another run and the rows there."""
-        source, early = run or self.source, getattr(change, "from_step", None)
-        found = {}
-        for call, rows in self._calls(change).items():
-            row, given = self.target.ledger[call], []
-            for index, _ in rows:
-                branch = row.branches[index]
-                if early is None:
-                    nth = [each.call for each in self.target.ledger.at(row.step, branch)].index(call)
-                    other: Row = source.ledger.at(row.step, branch)[nth]
-                else:
-                    other = source.ledger.at(early, branch)[0]
-                given.append((other.call, other.branches.index(branch), len(other.branches)))
-            found[call] = given
-        return found
-
     def _seen(self, change: SteerSpec) -> list[tuple[int, int, int]]:
         """Return the call of each step that a direction is looked for in, and its rows."""
-        found = []
-        for step in sorted(change.act(self.steps)):
-            row = self.target.ledger.at(step, change.branch)[0]
-            if change.branch in (ALL, "both"):
-                found.append((row.call, 0, 1))
-            else:
-                found.append((row.call, row.branches.index(change.branch), len(row.branches)))
-        return found
+        branch = ALL if change.branch == "both" else change.branch
+        steps = sorted(change.act(self.steps))
+        return [_passing(self.target, step, branch, _of_scheduler(change))[0] for step in steps]
 
     def _tokens(self, change: SiteChange) -> list[int]:
+        length = self._length(change.site)
         if change.tokens is not None:
-            return list(change.tokens)
+            return numbered(change.tokens, length, what="places", site=change.site)
         assert change.words is not None
-        return list(self.experiment.places(self.target, change.words)(self._length(change.site)))
+        return list(self.experiment.places(self.target, change.words)(length))
 
     def _from_tokens(self, change: PatchSpec) -> list[int] | None:
+        length = self._length(change.captures[0])
         if change.from_tokens is not None:
-            return list(change.from_tokens)
+            return numbered(change.from_tokens, length, what="places", site=change.captures[0])
         words = change.words if change.from_words is None else change.from_words
-        if words is None:
-            return None
-        length = self.source.passages(change.captures[0])[0].value.shape[1]
-        return list(self.experiment.places(self.source, words)(length))
+        return None if words is None else list(self.experiment.places(self.source, words)(length))
 
     def _length(self, site: str) -> int:
         """Return how long the sequence at a site is, from a call of its own if no run kept it."""
+        axis = 2 if Site.parse(site).port in BY_HEAD else 1
         for run in (self.source, self.target):
             if site in run.captured:
-                return int(run.passages(site)[0].value.shape[1])
+                return int(run.passages(site)[0].value.shape[axis])
         last = self.target.fork(self.steps - 1, capture=[site], interventions=[])
-        return int(last.passages(site)[-1].value.shape[1])
+        return int(last.passages(site)[-1].value.shape[axis])
 
 
-def _model_code(experiment: Experiment) -> str:
-    if not experiment.model:
+class Calls(dict[int, list[Any]]):
+    """Rows by call; where they are alike in all, it is written as one comprehension."""
+
+    def __repr__(self) -> str:
+        keys = list(self)
+        if len(keys) > 1 and keys == list(range(keys[0], keys[0] + len(keys))):
+            over = f"for call in range({keys[0]}, {keys[-1] + 1})}}"
+            if all(each == self[keys[0]] for each in self.values()):
+                return f"{{call: {self[keys[0]]!r} {over}"
+            rest = [rows[1:] for rows in self[keys[0]]]
+            if all([(key, *more) for more in rest] == self[key] for key in keys):
+                said = ", ".join(f"({', '.join(['call', *map(repr, more)])})" for more in rest)
+                return f"{{call: [{said}] {over}"
+        return super().__repr__()
+
+
+def _turns(acting: Sequence[Any]) -> list[TurnSpec]:
+    return [each for each in acting if isinstance(each, TurnSpec)]
+
+
+def _calls(change: Change, run: Record) -> dict[int, list[tuple[int, int]]]:
+    """Return for each call of a run the rows that are changed, as (branch, of branches)."""
+    chosen: dict[int, list[tuple[int, int]]] = {}
+    for row in run.ledger:
+        if row.step not in change.act(run.ledger.steps):
+            continue
+        if _of_scheduler(change):
+            chosen[row.tick] = [(0, 1)]
+        elif branches := [each for each in row.branches if change.branch in (ALL, "both", each)]:
+            chosen[row.call] = [(row.branches.index(each), len(row.branches)) for each in branches]
+    return chosen
+
+
+def _given(change: Any, run: Record, source: Record) -> dict[int, list[tuple[int, int, int]]]:
+    """Return for each call of a run, and each of its rows, the call of another run and the rows there."""
+    early, whole = getattr(change, "from_step", None), _of_scheduler(change)
+    calls, found = _calls(change, run), {}
+    for row in run.ledger:
+        call, given = row.tick if whole else row.call, []
+        for index, _ in calls.get(call, ()):
+            branch = ALL if whole else row.branches[index]
+            own = [each for each, _, _ in _passing(run, row.step, branch, whole)]
+            nth = 0 if early is not None else own.index(call)
+            given.append(_passing(source, row.step if early is None else early, branch, whole)[nth])
+        if given:
+            found[call] = given
+    return found
+
+
+def _partly(change: Change) -> dict[str, Any]:
+    """Return how much of a change is made, and where."""
+    found: dict[str, Any] = {} if change.strength == 1 else {"strength": change.strength}
+    return found if change.mask is None else {**found, "mask": [list(row) for row in change.mask]}
+
+
+def _of_scheduler(change: Change) -> bool:
+    return isinstance(change, SiteChange) and Site.parse(change.site).path == _SCHEDULER
+
+
+def _passing(run: Record, step: int, branch: str, whole: bool) -> list[tuple[int, int, int]]:
+    """Return what passes in a step: the calls (or, of the scheduler, the ticks) and the rows in each."""
+    rows = run.ledger.at(step, branch)
+    if whole:
+        return [(tick, 0, 1) for tick in dict.fromkeys(row.tick for row in rows)]
+    return [
+        (row.call, 0, 1) if branch == ALL else (row.call, row.branches.index(branch), len(row.branches))
+        for row in rows
+    ]
+
+
+def _model_code(reference: str) -> str:
+    if not reference:
         raise InputError(
             "This model was made in memory, so a script could not open it. Save it with "
             "model.save_pretrained(folder) and open that folder. A loop of your own fits a script on the "
             "workbench: format='workbench'."
         )
-    if experiment.model in zoo.models():
-        return repr(str(zoo.path(experiment.model)))
-    folder = Path(experiment.model).expanduser()
-    return repr(str(folder.resolve()) if folder.is_dir() else experiment.model)
+    if reference in zoo.models():
+        return repr(str(zoo.path(reference)))
+    folder = Path(reference).expanduser()
+    return repr(str(folder.resolve()) if folder.is_dir() else reference)
+
+
+def _head(*, runs: bool = False, branches: bool = False, modules: bool = False) -> str:
+    needed = {"contextlib": runs, "functools": runs, "importlib": modules, "pathlib": branches}
+    own = ["argparse", *(name for name, wanted in needed.items() if wanted)]
+    lines = [*(f"import {name}" for name in own), "", "import torch"]
+    return machine.HEAD + "\n".join([*lines, "from diffusers import DiffusionPipeline"])
 
 
 def _constants(experiment: Experiment) -> str:
     lines = [
-        f"MODEL = {_model_code(experiment)}",
+        f"MODEL = {_model_code(experiment.model)}",
         f"REVISION = {experiment.revision!r}",
         f"SOURCE = {_run_of(experiment.source, experiment.source_seed, experiment.seed)!r}",
         f"TARGET = {_run_of(experiment.target, None, experiment.seed)!r}",
@@ -270,243 +494,3 @@ def _constants(experiment: Experiment) -> str:
 def _run_of(prompt: str | None, own_seed: int | None, seed: int) -> dict[str, Any]:
     words = {} if prompt is None else {"prompt": prompt}
     return {**words, "seed": seed if own_seed is None else own_seed}
-
-
-_HEAD = '''
-"""An experiment on a diffusion model, exported by Diffusion Workbench.
-
-Needs diffusers and torch alone. Run it: python SCRIPT [--model FOLDER_OR_HUB_ID] [--out IMAGE.png]
-"""
-
-import argparse
-import functools
-
-import torch
-from diffusers import DiffusionPipeline
-'''
-
-_OPEN = '''
-parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--model", default=MODEL, help="folder or Hub id of the pipeline")
-parser.add_argument("--out", default="patched.png", help="where the image goes")
-options = parser.parse_args()
-
-torch.set_num_threads(THREADS)
-pipeline = DiffusionPipeline.from_pretrained(options.model, revision=REVISION)
-
-
-def generate(seed, settings=SETTINGS, **words):
-    """Run the pipeline with the experiment's settings and noise."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return pipeline(**words, generator=generator, **settings).images[0]
-'''
-
-_PLAIN = """
-generate(**TARGET).save(options.out)
-"""
-
-_MACHINE = '''
-class Clock:
-    """Counts the calls of the denoiser and of the scheduler in one run."""
-
-    call = None
-    calls = 0
-    ticks = 0
-
-    def enter(self, module, inputs):
-        self.call = self.calls
-        self.calls += 1
-
-    def leave(self, module, inputs, output):
-        self.call = None
-
-
-kept = {}  # what runs leave for later ones, by run, place and call
-outputs, predictions = [], []  # of the last run: what the denoiser returned, and what the scheduler was given
-
-
-def pick(value, leaf):
-    """Return the part of a module's value that a change is about; of several, the only tensor."""
-    for key in leaf:
-        value = value[key]
-    if not isinstance(value, torch.Tensor):
-        value = next(each for each in (value.values() if isinstance(value, dict) else value))
-    return value
-
-
-def put(value, leaf, new):
-    """Return the value with that part replaced."""
-    if not leaf and isinstance(value, torch.Tensor):
-        return new
-    key = leaf[0] if leaf else next(iter(value)) if isinstance(value, dict) else 0
-    changed = put(value[key], leaf[1:], new)
-    if isinstance(value, (tuple, list)):
-        return type(value)(changed if i == key else each for i, each in enumerate(value))
-    return type(value)(**{**value, key: changed})
-
-
-def rows(tensor, index, count):
-    """Return one guidance branch's rows of a batch that holds several, one after the other."""
-    width = tensor.shape[0] // count
-    return tensor[index * width : (index + 1) * width]
-
-
-def spread(mask, value):
-    """Return a mask of the picture at the size of a value: (batch, channels, rows, columns) or in a row."""
-    mask = torch.tensor(mask)
-    if value.ndim == 3:
-        height = max(round((value.shape[1] * mask.shape[0] / mask.shape[1]) ** 0.5), 1)
-        height = next(h for h in (height, height - 1, height + 1) if h > 0 and value.shape[1] % h == 0)
-        shape = (height, value.shape[1] // height)
-    else:
-        shape = tuple(value.shape[-2:])
-    if tuple(mask.shape) != shape:
-        mask = torch.nn.functional.interpolate(
-            mask[None, None], size=shape, mode="bilinear", align_corners=False
-        )[0, 0]
-    return mask.flatten()[:, None].to(value) if value.ndim == 3 else mask.to(value)
-
-
-def places(change, name="tokens"):
-    """Return the index of what is changed in one branch's rows."""
-    return (slice(None), change[name]) if name in change else (slice(None),)
-
-
-@functools.cache
-def direction(number):
-    """Return the direction of a steering: from the second to the first of each pair of prompts."""
-    change = CHANGES[number]
-    seen = []
-    for run in change["runs"]:
-        values = [
-            rows(kept[(run, *change["from"], call)], index, count)[places(change)].mean(0)
-            for call, index, count in change["seen"]
-        ]
-        seen.append(torch.stack(values).float())
-    differences = torch.stack([one - other for one, other in zip(seen[::2], seen[1::2])])
-    mean = differences.mean((0, 1))
-    if change["method"] == "pca":
-        first = torch.linalg.svd(differences.flatten(0, 1).flatten(1), full_matrices=False).Vh[0]
-        mean = ((mean.flatten() @ first) * first).reshape(mean.shape)
-    return mean
-
-
-def taken(change, run, given, value):
-    """Return what another run has for these rows."""
-    call, index, count = given
-    found = rows(kept[(run, *change["from"], call)], index, count)
-    found = found[places(change, "from_tokens" if "from_tokens" in change else "tokens")]
-    return found.expand_as(value).to(value)
-
-
-def new_value(change, call, number, value):
-    """Return what a change makes of one branch's rows."""
-    if change["do"] == "scale":
-        return value * change["factor"]
-    if change["do"] == "zero":
-        return torch.zeros_like(value)
-    if change["do"] == "noise":
-        generator = torch.Generator("cpu").manual_seed(change["seed"] * 1_000_003 + call)
-        noise = torch.randn(value.shape, generator=generator).to(value)
-        over = tuple(range(1, value.ndim))
-        return value.mean(over, keepdim=True) + noise * value.std(over, keepdim=True)
-    if change["do"] == "steer":
-        return value + direction(CHANGES.index(change)).to(value)
-    given = change["given"][call][number]
-    found = [taken(change, run, given, value) for run in change["runs"]]
-    return torch.stack(found).mean(0) if change["do"] == "mean" else found[0]
-
-
-def apply(change, call, value):
-    """Make a change, if the call is one of its own."""
-    if call not in change["calls"]:
-        return value
-    leaf = change["at"][2]
-    changed = pick(value, leaf).clone()
-    for number, (index, count) in enumerate(change["calls"][call]):
-        part = rows(changed, index, count)
-        if "tokens" in change:
-            new = part.clone()
-            new[places(change)] = new_value(change, call, number, part[places(change)])
-        else:
-            new = new_value(change, call, number, part)
-        if "strength" in change:
-            new = part + change["strength"] * (new - part)
-        if "mask" in change:
-            share = spread(change["mask"], part)
-            new = torch.where(share == 1, new, part + share * (new - part))
-        part[:] = new
-    return put(value, leaf, changed)
-
-
-def hook(module, port, seen):
-    """Let ``seen`` look at, and perhaps replace, a module's input or output at each call."""
-    if port == "output":
-        return module.register_forward_hook(lambda module, inputs, output: seen(output))
-
-    def first(module, inputs, named):
-        if inputs:
-            return (seen(inputs[0]), *inputs[1:]), named
-        name = next(iter(named))
-        return inputs, {**named, name: seen(named[name])}
-
-    return module.register_forward_pre_hook(first, with_kwargs=True)
-
-
-def module_at(path):
-    """Return a module of the pipeline by its path."""
-    name, _, rest = path.partition(".")
-    return getattr(pipeline, name).get_submodule(rest)
-
-
-def run(which, settings=SETTINGS, keeps=None, changes=(), again=(0, 0)):
-    """Run the pipeline once.
-
-    Keeps what later changes take from the run named ``keeps``, makes the ``changes``, and up to the calls in
-    ``again`` (of the denoiser, of the scheduler) repeats the run before it.
-    """
-    clock, hooks = Clock(), []
-    before, given = list(outputs), list(predictions)
-    outputs.clear()
-    predictions.clear()
-    step = pipeline.scheduler.step
-
-    def returned(value):
-        value = before[clock.call] if clock.call < again[0] else value
-        outputs.append(value)
-        return value
-
-    @functools.wraps(step)
-    def stepped(prediction, *rest, **named):
-        prediction = given[clock.ticks] if clock.ticks < again[1] else prediction
-        clock.ticks += 1
-        predictions.append(prediction)
-        return step(prediction, *rest, **named)
-
-    denoisers = [getattr(pipeline, name) for name in DENOISERS]
-    hooks += [each.register_forward_pre_hook(clock.enter) for each in denoisers]
-    for change in CHANGES:
-        if keeps in change.get("runs", ()):
-            path, port, leaf = change["from"]
-
-            def keep(value, key=(keeps, path, port, leaf), leaf=leaf):
-                if clock.call is not None:
-                    kept[(*key, clock.call)] = pick(value, leaf).clone()
-                return value
-
-            hooks.append(hook(module_at(path), port, keep))
-    for change in changes:
-        path, port, _ = change["at"]
-        hooks.append(
-            hook(module_at(path), port, lambda value, change=change: apply(change, clock.call, value))
-        )
-    hooks += [each.register_forward_hook(lambda m, i, output: returned(output)) for each in denoisers]
-    hooks += [each.register_forward_hook(clock.leave) for each in denoisers]
-    pipeline.scheduler.step = stepped
-    try:
-        return generate(settings=settings, **which)
-    finally:
-        del pipeline.scheduler.step
-        for each in hooks:
-            each.remove()
-'''

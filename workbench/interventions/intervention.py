@@ -19,7 +19,7 @@ from workbench.tracing.sites import Site
 from workbench.tracing.steps import Steps, branch_rows, covers, normal
 from workbench.tracing.structure import describe
 
-_BY_HEAD = ("heads", "text_heads", "query", "key", "value", "probs")
+BY_HEAD = ("heads", "text_heads", "query", "key", "value", "probs")
 """Ports whose values are ``(batch, heads, …)``."""
 
 
@@ -72,9 +72,9 @@ class Intervention(ABC):
 
     def _check_site(self) -> None:
         site = Site.parse(self.site)
-        if self.heads is not None and site.port not in _BY_HEAD:
+        if self.heads is not None and site.port not in BY_HEAD:
             raise InputError(
-                f"{site} has no heads to choose from. The ports {', '.join(_BY_HEAD)} of an attention layer "
+                f"{site} has no heads to choose from. The ports {', '.join(BY_HEAD)} of an attention layer "
                 "have them, such as '….attn2:heads'."
             )
 
@@ -109,7 +109,7 @@ class Intervention(ABC):
         Raises:
             InputError: the value has no such head, or no such place of a sequence.
         """
-        by_head = site.port in _BY_HEAD
+        by_head = site.port in BY_HEAD
         heads = None if self.heads is None else check_heads(self.heads, value.shape[1], site=str(site))
         asked = self.tokens if tokens is None else tokens
         if asked is None:
@@ -209,7 +209,7 @@ def spread(mask: torch.Tensor, value: torch.Tensor, *, site: str) -> torch.Tenso
     Raises:
         InputError: the value is no picture.
     """
-    by_head = Site.parse(site).port in _BY_HEAD
+    by_head = Site.parse(site).port in BY_HEAD
     if value.ndim == 3 or by_head:
         shape = grid(value.shape[-2], mask.shape[1], mask.shape[0])
         if shape is None:

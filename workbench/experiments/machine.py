@@ -1,0 +1,447 @@
+"""What standalone scripts are made of, as text: each holds only the parts that its changes need.
+
+A place in a script is where a value passes: the module's path, the port, which tensor of the value, and into
+how many heads the tensor's last axis is parted, if it is (0: its second axis is the heads already).
+"""
+
+HEAD = '''
+"""An experiment on a diffusion model, exported by Diffusion Workbench.
+
+Needs diffusers and torch alone. Run it: python SCRIPT [--model FOLDER_OR_HUB_ID] [--out IMAGE.png]
+"""
+
+'''
+
+OPEN = '''
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--model", default=MODEL, help="folder or Hub id of the pipeline")
+parser.add_argument("--out", default="patched.png", help="where the image goes")
+options = parser.parse_args()
+
+torch.set_num_threads(THREADS)
+pipeline = DiffusionPipeline.from_pretrained(options.model, revision=REVISION)
+
+
+def generate(seed, settings=SETTINGS, pipeline=pipeline, **words):
+    """Run the pipeline with the experiment's settings and noise."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return pipeline(**words, generator=generator, **settings).images[0]
+'''
+
+BRANCHES = '''
+def beside(name):
+    """Return where a branch's image goes: beside the other, under the branch's name."""
+    out = pathlib.Path(options.out)
+    return out.with_name(f"{out.stem}-{name}{out.suffix}")
+'''
+
+PLAIN = """
+generate(**TARGET).save(options.out)
+"""
+
+MACHINE = '''
+class Run:
+    """A run of the pipeline: its image, and what repeats it."""
+
+    def __init__(self):
+        self.image = None
+        self.predictions = []  # what the scheduler was given, one a step of its own
+        self.calls = 0  # of the denoiser
+        self.call = None  # the one that goes on
+
+
+kept = {}  # what runs leave for later ones, by run, place and call
+
+
+def pick(value, leaf):
+    """Return the tensor of a module's value that a change is about; of several, the only one."""
+    for key in leaf:
+        value = value[key]
+    if not isinstance(value, torch.Tensor):
+        value = next(each for each in (value.values() if isinstance(value, dict) else value))
+    return value
+
+
+def put(value, leaf, new):
+    """Return the value with that tensor replaced."""
+    if not leaf and isinstance(value, torch.Tensor):
+        return new
+    key = leaf[0] if leaf else next(iter(value)) if isinstance(value, dict) else 0
+    changed = put(value[key], leaf[1:], new)
+    if isinstance(value, (tuple, list)):
+        return type(value)(changed if i == key else each for i, each in enumerate(value))
+    return type(value)(**{**value, key: changed})
+
+
+def by_head(tensor, place):
+    """View (batch, tokens, width) as (batch, heads, tokens, width of a head), where a place has heads."""
+    heads = place[3]
+    return tensor.view(*tensor.shape[:-1], heads, -1).transpose(1, 2) if heads else tensor
+
+
+def rows(tensor, index, count):
+    """Return one guidance branch's rows of a batch that holds several, one after the other."""
+    width = tensor.shape[0] // count
+    return tensor[index * width : (index + 1) * width]
+
+
+def seen(run, place, given):
+    """Return the rows that a run left at a place: of which call, of which branch, of how many."""
+    call, index, count = given
+    return rows(by_head(kept[(run, place, call)], place), index, count)
+
+
+def chosen(change, place, name="tokens"):
+    """Return the index of what is changed in one branch's rows: heads, or places of a sequence."""
+    heads, tokens = change.get("heads"), change.get(name)
+    if place[3] is None:
+        return (slice(None),) if tokens is None else (slice(None), tokens)
+    if tokens is None:
+        return (slice(None), slice(None) if heads is None else heads)
+    return (slice(None), slice(None) if heads is None else torch.tensor(heads)[:, None], tokens)
+
+
+def apply(change, call, value):
+    """Make a change, if the call is one of its own."""
+    if call not in change["calls"]:
+        return value
+    place = change["at"][0]
+    changed = pick(value, place[2]).clone()
+    for number, (index, count) in enumerate(change["calls"][call]):
+        part = rows(by_head(changed, place), index, count)
+        if "tokens" in change or "heads" in change:
+            new, where = part.clone(), chosen(change, place)
+            new[where] = DO[change["do"]](change, call, number, part[where])
+        else:
+            new = DO[change["do"]](change, call, number, part)
+        if "strength" in change:
+            new = part + change["strength"] * (new - part)
+        if "mask" in change:
+            share = spread(change["mask"], part, place)
+            new = torch.where(share == 1, new, part + share * (new - part))
+        part[:] = new
+    return put(value, place[2], changed)
+
+
+def at_output(hooks, module, look):
+    """Let ``look`` see, and perhaps replace, what a module returns."""
+    hooks.callback(module.register_forward_hook(lambda module, inputs, output: look(output)).remove)
+
+
+def at_input(hooks, module, look):
+    """The same with the first of its inputs."""
+
+    def first(module, inputs, named):
+        if inputs:
+            return (look(inputs[0]), *inputs[1:]), named
+        name = next(iter(named))
+        return inputs, {**named, name: look(named[name])}
+
+    hooks.callback(module.register_forward_pre_hook(first, with_kwargs=True).remove)
+
+
+def at_inputs(hooks, module, look):
+    """The same with all of its inputs, those by position and those by name."""
+    handle = module.register_forward_pre_hook(lambda _, *inputs: look(inputs), with_kwargs=True)
+    hooks.callback(handle.remove)
+
+
+HOOKS = {"output": at_output, "input": at_input, "inputs": at_inputs}
+EDITS = {}
+
+
+def run(which, settings=SETTINGS, keeps=None, changes=(), after=None, pipeline=pipeline):
+    """Run the pipeline once.
+
+    Keeps what changes take from the run named ``keeps``, and makes the ``changes``. With ``after``, which is
+    another run and how many calls of its scheduler, it repeats that run so far.
+    """
+    now, scheduler = Run(), {"input": [], "output": []}
+    before, ticks = after or (now, 0)
+
+    def enter(module, inputs):
+        now.call = now.calls
+        now.calls += 1
+
+    def leave(module, inputs, output):
+        now.call = None
+
+    step = pipeline.scheduler.step
+
+    @functools.wraps(step)
+    def stepped(prediction, *rest, **named):
+        tick = len(now.predictions)
+        for look in scheduler["input"]:
+            prediction = look(tick, prediction)
+        now.predictions.append(before.predictions[tick] if tick < ticks else prediction)
+        made = step(now.predictions[-1], *rest, **named)
+        for look in scheduler["output"]:
+            made = look(tick, made)
+        return made
+
+    def keep(place, call, value):
+        if call is not None:
+            kept[(keeps, place, call)] = pick(value, place[2]).clone()
+        return value
+
+    def hook(place, look):
+        path, port = place[:2]
+        if path == "scheduler.step":
+            scheduler[port].append(look)
+            return
+        component, _, inside = path.partition(".")
+        module = getattr(pipeline, component).get_submodule(inside)
+        HOOKS[port](hooks, module, lambda *value: look(now.call, *value))
+
+    denoisers = [getattr(pipeline, name) for name in DENOISERS]
+    with contextlib.ExitStack() as hooks:
+        for each in denoisers:
+            hooks.callback(each.register_forward_pre_hook(enter).remove)
+        taken = [place for each in CHANGES if keeps in each.get("runs", ()) for place in each["from"]]
+        for place in dict.fromkeys(taken):
+            hook(place, functools.partial(keep, place))
+        for change in changes:
+            for place in change["at"]:
+                hook(place, functools.partial(EDITS.get(change["do"], apply), change))
+        for each in denoisers:
+            hooks.callback(each.register_forward_hook(leave).remove)
+        pipeline.scheduler.step = stepped
+        hooks.callback(delattr, pipeline.scheduler, "step")
+        now.image = generate(**which, settings=settings, pipeline=pipeline)
+    return now
+'''
+
+MASK = '''
+def resized(picture, shape):
+    """Return a picture of numbers at another size."""
+    picture = torch.tensor(picture)
+    if tuple(picture.shape) == tuple(shape):
+        return picture
+    return torch.nn.functional.interpolate(
+        picture[None, None], size=tuple(shape), mode="bilinear", align_corners=False
+    )[0, 0]
+
+
+def spread(mask, value, place):
+    """Return a mask of the picture at the size of a value: (batch, channels, rows, columns) or in a row."""
+    if value.ndim > 3 and place[3] is None:
+        return resized(mask, value.shape[-2:]).to(value)
+    places = value.shape[-2]
+    height = max(round((places * len(mask) / len(mask[0])) ** 0.5), 1)
+    height = next(h for h in (height, height - 1, height + 1) if h > 0 and places % h == 0)
+    return resized(mask, (height, places // height)).flatten()[:, None].to(value)
+'''
+
+TAKEN = '''
+def taken(change, run, given, value):
+    """Return what another run has for these rows."""
+    place = change["from"][0]
+    found = seen(run, place, given)
+    found = found[chosen(change, place, "from_tokens" if "from_tokens" in change else "tokens")]
+    return found.expand_as(value).to(value)
+'''
+
+KINDS = {
+    "patch": '''
+def patched(change, call, number, value):
+    """Return what another run has in place of one branch's rows."""
+    return taken(change, change["runs"][0], change["given"][call][number], value)
+''',
+    "mean": '''
+def averaged(change, call, number, value):
+    """Return the mean of what other runs have."""
+    found = [taken(change, run, change["given"][call][number], value) for run in change["runs"]]
+    return torch.stack(found).mean(0)
+''',
+    "zero": '''
+def zeroed(change, call, number, value):
+    """Return nothing in place of one branch's rows."""
+    return torch.zeros_like(value)
+''',
+    "noise": '''
+def noised(change, call, number, value):
+    """Return noise with the mean and deviation of each row."""
+    generator = torch.Generator("cpu").manual_seed(change["seed"] * 1_000_003 + call)
+    noise = torch.randn(value.shape, generator=generator).to(value)
+    over = tuple(range(1, value.ndim))
+    return value.mean(over, keepdim=True) + noise * value.std(over, keepdim=True)
+''',
+    "scale": '''
+def scaled(change, call, number, value):
+    """Return one branch's rows, multiplied."""
+    return value * change["factor"]
+''',
+    "steer": '''
+def direction(change):
+    """Return the direction of a steering: from the second to the first of each pair of prompts."""
+    place = change["from"][0]
+    looked = []
+    for run in change["runs"]:
+        values = [seen(run, place, given)[chosen(change, place)].mean(0) for given in change["seen"]]
+        looked.append(torch.stack(values).float())
+    differences = torch.stack([one - other for one, other in zip(looked[::2], looked[1::2])])
+    mean = differences.mean((0, 1))
+    if change["method"] == "pca":
+        first = torch.linalg.svd(differences.flatten(0, 1).flatten(1), full_matrices=False).Vh[0]
+        mean = ((mean.flatten() @ first) * first).reshape(mean.shape)
+    return mean
+
+
+def steered(change, call, number, value):
+    """Return one branch's rows, moved along the direction."""
+    if "direction" not in change:
+        change["direction"] = direction(change)
+    return value + change["direction"].to(value)
+''',
+    "module": '''
+def through(change, call, number, value):
+    """Return what a module of one's own makes of one branch's rows."""
+    if "made" not in change:
+        home, _, name = change["module"].partition(":")
+        found = getattr(importlib.import_module(home), name)
+        change["made"] = found if change["arguments"] is None else found(**change["arguments"])
+    if "feature" not in change:
+        made = change["made"](value)
+        return value if made is None else made
+    features = change["made"].encode(value)
+    changed, old = features.clone(), features[..., change["feature"]]
+    changed[..., change["feature"]] = old * change["times"] if "times" in change else change["to"]
+    return value + (change["made"].decode(changed) - change["made"].decode(features))
+''',
+}
+"""What each kind of change does to one branch's rows."""
+
+FUNCTIONS = {
+    "patch": "patched",
+    "mean": "averaged",
+    "zero": "zeroed",
+    "noise": "noised",
+    "scale": "scaled",
+    "steer": "steered",
+    "module": "through",
+}
+"""What these functions are called."""
+
+ATTENTION = '''
+class Attention:
+    """Shows the calls of scaled dot product attention to what is hooked to the layer that computes."""
+
+    def __init__(self):
+        self.kernel = torch.nn.functional.scaled_dot_product_attention
+        self.layer = None
+        self.looks = {}
+
+    def on(self, hooks, layer, look):
+        """Let ``look(handed, rest)`` say what a layer's call puts out; ``rest()`` is what it would."""
+        self.looks.setdefault(layer, []).append(look)
+        hooks.callback(self.looks[layer].remove, look)
+        enter = layer.register_forward_pre_hook(lambda *_: setattr(self, "layer", layer))
+        leave = layer.register_forward_hook(lambda *_: setattr(self, "layer", None))
+        hooks.callback(enter.remove)
+        hooks.callback(leave.remove)
+
+    def __call__(self, *values, **named):
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+        return self.through(self.looks.get(self.layer, []), {**dict(zip(names, values)), **named})
+
+    def through(self, looks, handed):
+        if not looks:
+            return self.kernel(**handed)
+        return looks[0](handed, lambda **changed: self.through(looks[1:], {**handed, **changed}))
+
+
+attention = torch.nn.functional.scaled_dot_product_attention = Attention()
+
+
+def at_kernel(port, hooks, layer, look):
+    """Let ``look`` see what a layer hands to attention: its query, key or value."""
+    attention.on(hooks, layer, lambda handed, rest: rest(**{port: look(handed[port])}))
+
+
+HOOKS |= {port: functools.partial(at_kernel, port) for port in ("query", "key", "value")}
+'''
+
+EDITING = '''
+def edit(make, change, call, handed, rest):
+    """Make a change of an attention layer's weights, if the call is one of its own."""
+    if call not in change["calls"]:
+        return rest()
+    edited = make(change, call, handed, rest)
+    if "strength" not in change and "mask" not in change:
+        return edited
+    plain = rest()
+    changed = plain + change.get("strength", 1.0) * (edited - plain)
+    if "mask" not in change:
+        return changed
+    image = slice(*change["image"])
+    share = spread(change["mask"], edited[:, :, image], change["at"][0])
+    plain[:, :, image] += share * (changed - plain)[:, :, image]
+    return plain
+
+
+HOOKS["kernel"] = attention.on
+'''
+
+EDIT_KINDS = {
+    "reweight": '''
+def reweighted(change, call, handed, rest):
+    """Multiply the values of words: the same as their weights, since attention is linear in both."""
+    value, made = handed["value"].clone(), rest()
+    for index, count in change["calls"][call]:
+        part = rows(value, index, count)
+        for keys, factor in change["words"]:
+            for head in change.get("heads", range(part.shape[1])):
+                part[:, head, keys] *= factor
+    made, image = made.clone(), slice(*change["image"])
+    made[:, :, image] = rest(value=value)[:, :, image]
+    return made
+
+
+EDITS["reweight"] = functools.partial(edit, reweighted)
+''',
+    "inject": '''
+def injected(change, call, handed, rest):
+    """Take queries and keys, and so the weights, from the source; the values stay this run's own."""
+    changed = {}
+    for place in change["from"]:
+        tensor = changed[place[1]] = handed[place[1]].clone()
+        shared = tensor.shape[1] != handed["query"].shape[1]
+        heads = slice(None) if shared else change.get("heads", slice(None))
+        for number, (index, count) in enumerate(change["calls"][call]):
+            part = rows(tensor, index, count)
+            found = seen("source", place, change["given"][call][number]).expand_as(part).to(part)
+            part[:, heads] = found[:, heads]
+    return rest(**changed)
+
+
+EDITS["inject"] = functools.partial(edit, injected)
+''',
+    "force_map": '''
+def forced(change, call, handed, rest):
+    """Give a word the weights that were said, and the other keys what is left, as they shared it."""
+    query, value, image = handed["query"], handed["value"], slice(*change["image"])
+    edited = rest().clone()
+    wanted = resized(change["map"], change["shape"]).flatten()[:, None]
+    mask = torch.zeros(query.shape[0], 1, 1, handed["key"].shape[2], dtype=query.dtype)
+    for index, count in change["calls"][call]:
+        rows(mask, index, count)[..., change["keys"]] = float("-inf")
+    own = handed.get("attn_mask")
+    if own is not None and own.dtype == torch.bool:
+        mask = torch.where(own, mask, float("-inf"))
+    elif own is not None:
+        mask = (mask + own.float()).to(mask.dtype)
+    others = rest(attn_mask=mask)
+    for index, count in change["calls"][call]:
+        width = query.shape[0] // count
+        for row in range(index * width, (index + 1) * width):
+            for head in change.get("heads", range(query.shape[1])):
+                words = value[row, head * value.shape[1] // query.shape[1], change["keys"]].mean(0)
+                left = others[row, head, image] * (1 - wanted)
+                edited[row, head, image] = (left + wanted * words).to(edited.dtype)
+    return edited
+
+
+EDITS["force_map"] = functools.partial(edit, forced)
+''',
+}
+"""What each kind of edit does to an attention layer."""
