@@ -11,10 +11,9 @@ import numpy as np
 from workbench import zoo
 from workbench.errors import InputError
 from workbench.experiments.changes import PatchSpec
-from workbench.experiments.experiment import Branch, Experiment
+from workbench.experiments.experiment import Experiment, named
+from workbench.experiments.exporting import exported, write
 from workbench.experiments.metrics import towards
-from workbench.experiments.scripts import carrying, notebook, workbench_code
-from workbench.experiments.standalone import standalone_code
 from workbench.experiments.sweep import Sweep
 from workbench.models.folder import read_index
 from workbench.models.model import DiffusionModel
@@ -69,7 +68,7 @@ def perform(
     runs = {"source": outcome.source, "target": outcome.target}
     if outcome.patched is not None:
         runs["patched"] = outcome.patched
-    runs.update(_named(outcome.branches, "branch"))
+    runs.update(named(outcome.branches))
     for name, run in runs.items():
         yield from _saved(run, out, name)
         if records:
@@ -98,8 +97,7 @@ def survey(
         "step": list(steps or range(experiment.num_inference_steps)),
         "seed": list(range(experiment.seed, experiment.seed + seeds)),
     }
-    plain = experiment.model_copy(update={"interventions": (), "forks": ()})
-    measured = Sweep(plain, axes, window=window, metrics=list(metrics or ["towards"]))
+    measured = Sweep(experiment.plain(), axes, window=window, metrics=list(metrics or ["towards"]))
     found = measured.run(model, out / "cells")
     table = out / "map.csv"
     found.to_dataframe().to_csv(table)
@@ -117,16 +115,8 @@ def written(experiment: Experiment, out: Path, *, standalone: bool, allow_code: 
     """Write an experiment as code; returns what was written."""
     if out.suffix not in (".py", ".ipynb"):
         raise InputError(f"{out} is neither a script nor a notebook: give a name that ends in .py or .ipynb.")
-    if standalone:
-        model, kept = experiment.open(), experiment.captures()
-        target = experiment.run_target(model, capture=kept)
-        source = experiment.run_source(model, target, capture=kept)
-        code = standalone_code(experiment, source, target, allow_code=allow_code)
-    else:
-        code = workbench_code(experiment, allow_code=allow_code)
-    text = carrying(code, experiment) if out.suffix == ".py" else notebook(code, experiment)
-    out.write_text(text, encoding="utf-8")
-    return str(out)
+    format = "standalone" if standalone else "workbench"
+    return str(write(exported(experiment, format, allow_code=allow_code, suffix=out.suffix), out))
 
 
 def reopened(folder: Path, model: str | None) -> Record:
@@ -143,14 +133,6 @@ def _sites_of(model: DiffusionModel, experiment: Experiment) -> list[str]:
     first = {**experiment.settings(), "num_inference_steps": 1}
     model.record(experiment.target, seed=experiment.seed, capture=[seen], **first)
     return [str(site) for site in patch_sites(model.denoisers, seen)]
-
-
-def _named(branches: Sequence[Branch], stem: str) -> dict[str, Record]:
-    found: dict[str, Record] = {}
-    for number, branch in enumerate(branches):
-        name = f"{stem}-{number}"
-        found |= {name: branch.record, **_named(branch.branches, name)}
-    return found
 
 
 def _saved(run: Record, out: Path, name: str) -> Iterator[str]:

@@ -29,7 +29,9 @@ FORMAT = 2
 CARRIED = "# experiment: "
 """What begins the line of a script that holds its experiment as JSON."""
 
-_LARGEST = 16 << 20
+LARGEST = 16 << 20
+"""Bytes that the file of an experiment may have."""
+
 _SAID = 5
 _TURN = {"step", "prompt", "guidance_scale", "arguments"}
 
@@ -160,16 +162,30 @@ class Experiment(BaseModel):
             InputError: the file is no experiment; the message lists what is wrong with it.
         """
         try:
-            if Path(path).stat().st_size > _LARGEST:
-                raise InputError(f"{path} is no experiment: it has more than {_LARGEST >> 20} MiB.")
+            if Path(path).stat().st_size > LARGEST:
+                raise InputError(f"{path} is no experiment: it has more than {LARGEST >> 20} MiB.")
             text = Path(path).read_text(encoding="utf-8")
-            if Path(path).suffix in (".py", ".ipynb"):
-                text = _carried(text)
-            return cls.model_validate_json(text)
-        except ValidationError as error:
-            raise InputError(f"{path} is no experiment: {_wrong(error)}.") from None
-        except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise InputError(f"{path} is no experiment: {error}") from error
+        return cls.read(text, str(path))
+
+    @classmethod
+    def read(cls, text: str, name: str) -> Self:
+        """Read an experiment from the text of such a file.
+
+        Args:
+            text: what is in it.
+            name: the file's, which tells scripts (``.py``) and notebooks (``.ipynb``) from JSON.
+
+        Raises:
+            InputError: as `load`.
+        """
+        try:
+            return cls.model_validate_json(_carried(text) if name.endswith((".py", ".ipynb")) else text)
+        except ValidationError as error:
+            raise InputError(f"{name} is no experiment: {_wrong(error)}.") from None
+        except (ValueError, AttributeError, TypeError, RecursionError) as error:
+            raise InputError(f"{name} is no experiment: {error}") from error
 
     def save(self, path: str | Path) -> Path:
         """Write the experiment to a JSON file."""
@@ -188,6 +204,10 @@ class Experiment(BaseModel):
         seeds = self.seed if self.source_seed is None else self.source_seed, self.seed
         apart = seeds[0] != seeds[1]
         return (_label(self.source, seeds[0], apart), _label(self.target, seeds[1], apart))
+
+    def plain(self) -> Self:
+        """Return the two runs alone, without what is changed in further ones."""
+        return self.model_copy(update={"interventions": (), "forks": ()})
 
     def pinned(self, model: DiffusionModel) -> Self:
         """Return the experiment for these very weights: with others it will not run."""
@@ -396,6 +416,15 @@ class Branch:
     fork: Fork
     record: Record
     branches: tuple[Branch, ...]
+
+
+def named(branches: Sequence[Branch], stem: str = "branch") -> list[tuple[str, Record]]:
+    """Return the runs of a tree of branches with a name each: ``branch-0``, ``branch-0-1``, and so on."""
+    found: list[tuple[str, Record]] = []
+    for number, branch in enumerate(branches):
+        name = f"{stem}-{number}"
+        found += [(name, branch.record), *named(branch.branches, name)]
+    return found
 
 
 @dataclass(frozen=True)

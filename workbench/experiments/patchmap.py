@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from workbench.errors import InputError
 from workbench.experiments.changes import PatchSpec
-from workbench.experiments.experiment import Experiment
+from workbench.experiments.experiment import Branch, Experiment
 from workbench.experiments.metrics import difference, towards
 from workbench.experiments.together import ROWS, evenly, fork_rows, goes_together
-from workbench.experiments.windows import window
+from workbench.experiments.windows import WINDOWS, window
 from workbench.tracing.record import Record
 from workbench.tracing.session import Listener
 from workbench.tracing.sites import Site
@@ -28,12 +29,22 @@ class Cell:
         record: the run.
         towards: how far its picture moved from the target's to the source's (see `towards`).
         difference: how far its picture is from the target's, in [0, 1].
+        branches: the runs that leave it.
     """
 
     experiment: Experiment
     record: Record
     towards: float
     difference: float
+    branches: tuple[Branch, ...] = ()
+
+    @classmethod
+    def of(
+        cls, experiment: Experiment, record: Record, runs: tuple[Record, Record], branches: Any = ()
+    ) -> Cell:
+        """Return a run measured against its source's and its target's."""
+        image, (source, target) = record.images[0], (run.images[0] for run in runs)
+        return cls(experiment, record, towards(image, target, source), difference(image, target), branches)
 
     @property
     def image(self) -> Image.Image:
@@ -100,6 +111,20 @@ class PatchMap:
         steps = window(self.window, column, self.steps)
         return PatchSpec(site=str(self.sites[row]), steps=steps, branch=self.branch)
 
+    def find(self, changes: Sequence[Any]) -> tuple[str, int, int] | None:
+        """Return the window, row and column of the cell that has these changes; None if none has."""
+        if len(changes) != 1 or not isinstance(changes[0], PatchSpec):
+            return None
+        patch, sites = changes[0], [str(site) for site in self.sites]
+        alike = PatchSpec(site=patch.site, steps=patch.steps, branch=self.branch)
+        if alike != patch or patch.site not in sites:
+            return None
+        for name in WINDOWS:
+            for column in range(self.steps):
+                if window(name, column, self.steps) == patch.steps:
+                    return name, sites.index(patch.site), column
+        return None
+
     def compute(self, row: int, column: int, listener: Listener | None = None) -> Cell:
         """Run a cell's patch and note its value."""
         patch = self.patch_of(row, column)
@@ -108,8 +133,7 @@ class PatchMap:
         experiment = self.experiment.model_copy(update={"interventions": (patch,)})
         record = experiment.patch(self.source, self.target, listener=listener)
         assert record is not None
-        image, target, source = record.images[0], self.target.images[0], self.source.images[0]
-        cell = Cell(experiment, record, towards(image, target, source), difference(image, target))
+        cell = Cell.of(experiment, record, (self.source, self.target))
         self._values[key] = cell.towards
         return cell
 

@@ -15,7 +15,7 @@ import torch
 from workbench.errors import BusyError, RunStopped, WorkbenchError
 from workbench.experiments.experiment import Experiment
 from workbench.experiments.kept import Kept
-from workbench.experiments.sweepplan import CELL, FLOOR, IDENTITY, RANDOM, Trial, pairs_of, plain, plan
+from workbench.experiments.sweepplan import CELL, FLOOR, IDENTITY, RANDOM, Trial, pairs_of, plan
 from workbench.experiments.sweepstore import Batch, Result, SweepStore
 from workbench.experiments.together import fork_rows, goes_together
 from workbench.interventions.control import RandomDirection
@@ -174,7 +174,7 @@ class Sweeper:
                 store.check_prints(known[pair], self._pairs[pair].prints)
 
     def _new_pair(self, pair: int, beside: int) -> Pair:
-        experiment = plain(self.sweep.cells[self._pair_of.index(pair)])
+        experiment = self.sweep.cells[self._pair_of.index(pair)].plain()
         budget = int(psutil.virtual_memory().available * _SHARE_OF_MEMORY / (2 * beside))
         return Pair(self.sweep, experiment, self.model, budget, self._listener)
 

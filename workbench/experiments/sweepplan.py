@@ -38,15 +38,10 @@ class Wave:
     batches: tuple[tuple[int, tuple[Trial, ...]], ...]
 
 
-def plain(experiment: Experiment) -> Experiment:
-    """Return the two runs of an experiment, without what is changed in a third."""
-    return experiment.model_copy(update={"interventions": ()})
-
-
 def pairs_of(cells: Sequence[Experiment]) -> list[int]:
     """Return the pair of runs that each cell is of, numbered in order of appearance."""
     numbers: dict[str, int] = {}
-    return [numbers.setdefault(plain(each).model_dump_json(), len(numbers)) for each in cells]
+    return [numbers.setdefault(each.plain().model_dump_json(), len(numbers)) for each in cells]
 
 
 def plan(sweep: Sweep) -> list[Wave]:

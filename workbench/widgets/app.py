@@ -10,9 +10,10 @@ from pydantic import ValidationError
 
 from workbench.errors import BusyError, InputError, RunStopped, UnknownNameError, WorkbenchError, nearest
 from workbench.experiments.experiment import Experiment, defaults
+from workbench.experiments.exporting import FORMATS, exported, free_path, write
 from workbench.experiments.patchmap import Cell
 from workbench.experiments.scripts import workbench_code
-from workbench.experiments.standalone import standalone_code
+from workbench.experiments.together import ROWS
 from workbench.experiments.windows import WINDOWS
 from workbench.jobs.worker import PATIENT, URGENT, Job, Worker
 from workbench.models import arguments as checks
@@ -30,8 +31,8 @@ from workbench.widgets.scrubber import StepScrubber
 from workbench.widgets.stage import Pair, Stage
 from workbench.widgets.views import component_tree
 
-FORMATS = {"standalone": "standalone.py", "workbench": "workbench.py", "experiment": "json"}
-"""What Export writes: a script on diffusers and torch alone, one on the workbench, the experiment as data."""
+_GROUP_SECONDS = 4.0
+"""About how long a run may take that a click on the map waits for, in runs of one sample."""
 
 
 class Workbench:
@@ -71,6 +72,7 @@ class Workbench:
     ) -> None:
         self.model = model if isinstance(model, DiffusionModel) else DiffusionModel(model)
         self._arguments = arguments
+        self._allow_code = False
         self._stage = Stage(self.model)
         self._worker = Worker("workbench")
         self._pair: Pair | None = None
@@ -84,12 +86,33 @@ class Workbench:
         self.scrubber = StepScrubber()
         self.map = PatchMapView(window="half")
         self.images = ImageStrip()
-        self.code = CodeView(formats=list(FORMATS), code=workbench_code(self.experiment, self.model))
+        self.code = CodeView(
+            can_open=True, formats=list(FORMATS), code=workbench_code(self.experiment, self.model)
+        )
         self._screen = Screen(
             self._stage, self.controls, self.tree, self.scrubber, self.map, self.images, self.code
         )
         self._listen()
         self._box = layout.arrange(self)
+
+    @classmethod
+    def open(
+        cls, experiment: Experiment | str | Path, model: Any = None, *, allow_code: bool = False
+    ) -> Self:
+        """Open the app on an experiment and run it.
+
+        Args:
+            experiment: an `Experiment`, or a file of one: JSON, or a script or notebook that was exported.
+            model: the model; None opens the one the experiment names.
+            allow_code: whether to import what it names as modules of one's own, which may run anything.
+
+        Raises:
+            InputError: the file is no experiment, or of other weights.
+        """
+        wanted = experiment if isinstance(experiment, Experiment) else Experiment.load(experiment)
+        bench = cls(wanted.open() if model is None else model, source=wanted.source, target=wanted.target)
+        bench.load(wanted, allow_code=allow_code)
+        return bench
 
     @property
     def experiment(self) -> Experiment:
@@ -124,8 +147,7 @@ class Workbench:
             BusyError: a run is going on.
             InputError, UnknownNameError: the settings or prompts cannot be run.
         """
-        if self._worker.busy:
-            raise BusyError("A run is going on. Stop it first, or wait: bench.stop()")
+        self._check_free()
         experiment = self._asked()
         for prompt in (experiment.source, experiment.target):
             words = {} if prompt is None else {"prompt": prompt}
@@ -133,6 +155,35 @@ class Workbench:
         self._worker.stop()
         self._screen.say("running", forget=True)
         return self._submit("run", lambda job: self._run_pair(job, experiment))
+
+    def load(self, experiment: Experiment | str | Path, *, allow_code: bool = False) -> Job:
+        """Put an experiment on screen and run it; returns at once, ``.result(timeout)`` waits.
+
+        Args:
+            experiment: of this app's model: an `Experiment`, or a file of one.
+            allow_code: whether to import what it names as modules of one's own, which may run anything.
+
+        Raises:
+            BusyError: a run is going on.
+            InputError: the file is no experiment, or of another model.
+        """
+        wanted = experiment if isinstance(experiment, Experiment) else Experiment.load(experiment)
+        if wanted.model != self.model.reference and wanted.model and self.model.reference:
+            raise InputError(
+                f"The experiment is of {wanted.model!r}, and this app shows {self.model.reference!r}. Open "
+                "an app of its own: Workbench.open(…)."
+            )
+        self._check_free()
+        settings = {"steps": wanted.num_inference_steps, "guidance": wanted.guidance_scale}
+        shown = {name: getattr(wanted, name) for name in ("source", "target", "seed", "source_seed")}
+        with self.controls.hold_sync():
+            for name, value in (settings | shown | {"source_from": wanted.source_from}).items():
+                if value is not None or name == "source_seed":
+                    setattr(self.controls, name, value)
+        self._arguments = dict(wanted.arguments)
+        self._worker.stop()
+        self._screen.say("running", forget=True)
+        return self._submit("run", lambda job: self._run_experiment(job, wanted, allow_code))
 
     def stop(self) -> None:
         """Stop whatever runs before its next denoiser call; what has been computed stays."""
@@ -163,14 +214,19 @@ class Workbench:
         return self._submit("patch", lambda job: self._show_cell(job, pair, wanted, step))
 
     def fill(self) -> list[Job]:
-        """Compute every cell of the map not computed yet, between whatever else is asked for."""
+        """Compute every cell of the map not computed yet, between whatever else is asked for.
+
+        Cells that begin at one step go together where runs are quick: their values are within rounding those
+        of runs of their own, and a click on a cell, which waits for what is being computed, does not wait
+        long. A cell that is clicked is a run of its own.
+        """
         pair = self._need_pair()
-        cells = pair.map.missing()
-        self.map.status, total = "running", len(cells)
+        groups = pair.map.groups(max(1, min(ROWS, int(_GROUP_SECONDS / max(pair.seconds, 1e-3)))))
+        self.map.status, total, done = "running", sum(map(len, groups)), 0
         jobs = []
-        for done, (row, column) in enumerate(cells):
-            work = self._filling(pair, row, column, done, total)
-            jobs.append(self._submit("map", work, PATIENT))
+        for cells in groups:
+            done += len(cells)
+            jobs.append(self._submit("map", self._filling(pair, cells, done, total), PATIENT))
         if not jobs:
             self.map.status = "idle"
         return jobs
@@ -188,7 +244,8 @@ class Workbench:
         """Write what is on screen to a file.
 
         Args:
-            format: ``"standalone"`` (diffusers and torch alone), ``"workbench"`` or ``"experiment"`` (JSON).
+            format: ``"standalone"`` (diffusers and torch alone), ``"workbench"``, ``"notebook"`` or
+                ``"experiment"`` (JSON). `load` opens each of them again.
             path: where; None is a name that is free in the working directory.
 
         Returns:
@@ -196,20 +253,21 @@ class Workbench:
         """
         if format not in FORMATS:
             raise UnknownNameError(f"No format {format!r}.{nearest(format, FORMATS)}")
-        written = _free_path(FORMATS[format]) if path is None else Path(path)
-        try:
-            if format == "experiment":
-                return self.experiment.save(written)
-            written.write_text(self._script(format), encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"{written} cannot be written: {error.strerror or error}") from error
-        return written
+        work = self._exporting(format, free_path(format) if path is None else Path(path))
+        # A standalone script may need a run of the model, whose runs are the worker's.
+        return self._submit("export", work).result() if format == "standalone" else work(None)
 
-    def _script(self, format: str) -> str:
-        if format == "workbench":
-            return workbench_code(self.experiment, self.model)
-        pair = self._need_pair()
-        return standalone_code(self.experiment, pair.source, pair.target)
+    def _exporting(self, format: str, path: Path) -> Callable[[Job | None], Path]:
+        experiment = self.experiment
+        pair = self._need_pair() if format == "standalone" else None
+        runs = None if pair is None else (pair.source, pair.target)
+
+        def work(_: Job | None) -> Path:
+            text = exported(experiment, format, self.model, runs=runs, allow_code=self._allow_code)
+            self.code.status = f"saved to {write(text, path)}"
+            return path
+
+        return work
 
     def close(self) -> None:
         """Stop what runs, end the worker and let go of the views."""
@@ -237,6 +295,7 @@ class Workbench:
         self.map.on("fill", self._guarded(lambda _: self.fill()))
         self.map.on("stop", lambda _: self.stop())
         self.map.on("window", self._guarded(lambda asked: self.set_window(asked.value)))
+        self.code.on("open", self._guarded(lambda asked: self.load(Experiment.read(asked.text, asked.name))))
         self.code.on("export", self._guarded(lambda asked: self._export_clicked(asked.format)))
         for name in ("source", "target", "seed", "steps", "guidance", "source_from", "source_seed"):
             self.controls.observe(lambda _: self._settings_changed(), name)
@@ -262,7 +321,11 @@ class Workbench:
         self.patch(self.map.sites[row], column)
 
     def _export_clicked(self, format: str) -> None:
-        self.code.status = f"saved to {self.export(format)}"
+        work = self._exporting(format, free_path(format))
+        if format == "standalone":
+            self._submit("export", work)
+        else:
+            work(None)
 
     # What the worker does. It is the only thread that writes to the views while it runs.
 
@@ -282,6 +345,23 @@ class Workbench:
             self.scrubber.step = pair.target.ledger.steps - 1
         self._screen.draw(pair, None)
         self._submit("noise floor", lambda later: self._measure(later, pair), PATIENT)
+        return pair
+
+    def _run_experiment(self, job: Job, experiment: Experiment, allow_code: bool) -> Pair:
+        experiment.check_weights(self.model)
+        pair, self._allow_code = self._run_pair(job, experiment), allow_code
+        found = None if experiment.forks else pair.map.find(experiment.interventions)
+        if found is not None:
+            window, row, column = found
+            self.set_window(window)
+            self._show_cell(job, pair, pair.map.sites[row], column)
+            return pair
+        job.label, source, target = "patched", pair.source, pair.target
+        changed = experiment.patch(source, target, listener=job, allow_code=allow_code)
+        branches = experiment.branches(source, target, changed, listener=job, allow_code=allow_code)
+        if changed is not None or branches:
+            self._cell = Cell.of(experiment, changed or target, (source, target), branches)
+            self._screen.draw_cell(pair, self._cell)
         return pair
 
     def _measure(self, job: Job, pair: Pair) -> None:
@@ -312,16 +392,18 @@ class Workbench:
         self._screen.draw_cell(pair, cell)
         return cell
 
-    def _filling(self, pair: Pair, row: int, column: int, done: int, total: int) -> Callable[[Job], None]:
+    def _filling(
+        self, pair: Pair, cells: list[tuple[int, int]], done: int, total: int
+    ) -> Callable[[Job], None]:
         def fill(job: Job) -> None:
             if pair is not self._pair:
                 return
-            self.map.busy = [row, column]
+            self.map.busy = list(cells[0])
             try:
-                pair.map.compute(row, column, job)
+                pair.map.estimate(cells, job)
             finally:
                 self.map.busy = []
-            self.map.progress = {"done": done + 1, "of": total}
+            self.map.progress = {"done": done, "of": total}
             self._screen.draw_map(pair)
 
         return fill
@@ -366,6 +448,10 @@ class Workbench:
             field, why = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
             what = f"{field} = {first.get('input')!r} cannot be used: {why}." if field else f"{why}."
             raise InputError(what) from error
+
+    def _check_free(self) -> None:
+        if self._worker.busy:
+            raise BusyError("A run is going on. Stop it first, or wait: bench.stop()")
 
     def _need_pair(self) -> Pair:
         if self._pair is None:
@@ -419,12 +505,3 @@ def _numbers(
         "can_guide": "guidance_scale" in own,
         "can_step": "num_inference_steps" in own,
     }
-
-
-def _free_path(ending: str) -> Path:
-    name, _, suffix = f"experiment-{ending}".replace("experiment-json", "experiment.json").rpartition(".")
-    for number in range(1, 10_000):
-        path = Path(f"{name}-{number}.{suffix}")
-        if not path.exists():
-            return path
-    raise InputError("The working directory is full of exported experiments; give export() a path.")

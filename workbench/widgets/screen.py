@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from workbench.experiments.experiment import Experiment
+from workbench.experiments.experiment import Experiment, named
 from workbench.experiments.metrics import difference_image
 from workbench.experiments.patchmap import Cell
 from workbench.experiments.scripts import workbench_code
@@ -88,6 +88,7 @@ class Screen:
             change = difference_image(cell.image, pair.target.images[0])
             cards.append(self._card("patched", cell.record))
             cards.append({"label": "Δ", "png": png(change), "caption": "patched − target", "badge": ""})
+            cards += [self._card(name, run) for name, run in named(cell.branches)]
             note = f"towards source {cell.towards:z.0%} · difference {cell.difference:.3f}"
             if pair.floor is not None:
                 note += f" · another seed: {pair.floor[0]:z.0%}, {pair.floor[1]:.3f}"

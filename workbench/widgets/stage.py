@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
@@ -38,6 +39,7 @@ class Pair:
         source: the source's run.
         target: the target's run.
         map: the patch map, empty until cells are computed.
+        seconds: how long the target's run took.
         floor: what another seed alone does to the two measures: (towards, difference); None until known.
         lanes: what the scrubber shows of both, empty until made.
     """
@@ -46,6 +48,7 @@ class Pair:
     source: Record
     target: Record
     map: PatchMap
+    seconds: float
     floor: tuple[float, float] | None = None
     lanes: list[dict[str, Any]] = field(default_factory=list)
 
@@ -58,16 +61,17 @@ class Stage:
         self.decoder = Decoder(model)
 
     def run_pair(self, experiment: Experiment, window: str, listener: Any) -> Pair:
-        """Run target and source; afterwards the model knows its shapes.
+        """Run target and source of an experiment; afterwards the model knows its shapes.
 
         Activations for the patch map are kept from the source's run if they fit in a quarter of the
         free memory; otherwise a click runs the source once more for its own site.
         """
         seen = Shapes()
-        listener.label = "target"
+        listener.label, began = "target", time.monotonic()
         target = self._with_attention(
             lambda capture: experiment.run_target(self.model, capture=(*capture, seen), listener=listener)
         )
+        seconds = time.monotonic() - began
         if not is_image_run(target):
             raise InputError(
                 f"The app compares pictures, and this run returned {type(target.output).__name__}. A loop of "
@@ -78,13 +82,14 @@ class Stage:
         needed = sum(seen.bytes[site.path] for site in sites) * len(target.ledger)
         fits = needed <= psutil.virtual_memory().available * _SHARE_OF_MEMORY
         listener.label = "source"
-        kept = tuple(map(str, sites)) if fits else ()
+        kept = (*experiment.captures(), *(map(str, sites) if fits else ()))
         source = self._with_attention(
             lambda capture: experiment.run_source(
                 self.model, target, capture=(*capture, *kept), listener=listener
             )
         )
-        return Pair(experiment, source, target, PatchMap(experiment, source, target, sites, window=window))
+        plain = experiment.plain()
+        return Pair(plain, source, target, PatchMap(plain, source, target, sites, window=window), seconds)
 
     def measure_floor(self, pair: Pair, listener: Listener) -> tuple[float, float]:
         """Return what one other seed does to the measures, with no patch at all."""

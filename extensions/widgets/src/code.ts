@@ -11,6 +11,7 @@ interface State extends ElementState {
   filename: string;
   status: string;
   formats: string[];
+  can_open: boolean;
 }
 
 function build(panel: Panel<State>): void {
@@ -19,13 +20,21 @@ function build(panel: Panel<State>): void {
   const status = h("span", { class: "code-status wb-muted wb-clip", role: "status" });
   const formats = h("select", { class: "wb-select", "aria-label": "Export format" });
   const run = textButton("Export", () => model.send({ kind: "export", format: formats.value }));
+  const file = h("input", { type: "file", class: "code-file", accept: ".py,.ipynb,.json", hidden: "", "aria-label": "Experiment to open" });
+  file.addEventListener("change", () => {
+    const chosen = file.files?.[0];
+    file.value = "";
+    if (chosen) void chosen.text().then((text) => model.send({ kind: "open", name: chosen.name, text }));
+  });
+  const open = textButton("Open", () => file.click());
+  open.title = "Open an experiment: JSON, or a script or notebook that was exported";
   const copy = copyButton("Copy the code", () => model.get("code"), panel.announce);
   const lines = h("div", { class: "code-lines wb-mono", "aria-hidden": "true" });
   const code = h("code");
   const view = h("div", { class: "code-view", tabindex: "0", role: "region", "aria-label": "Python code" }, lines, h("pre", { class: "code-pre wb-mono" }, code));
   const nothing = empty("No code yet", "Run, or click a cell, and the code that does the same appears here.");
   root.append(
-    h("header", { class: "wb-head" }, h("span", { class: "wb-title" }, "Code"), filename, h("div", { class: "wb-end" }, status, formats, run, copy)),
+    h("header", { class: "wb-head" }, h("span", { class: "wb-title" }, "Code"), filename, h("div", { class: "wb-end" }, status, file, open, formats, run, copy)),
     nothing, view,
   );
 
@@ -38,6 +47,7 @@ function build(panel: Panel<State>): void {
     const count = text.replace(/\n$/, "").split("\n").length;
     setText(lines, Array.from({ length: count }, (_, i) => i + 1).join("\n"));
   });
+  panel.watch(["can_open"], () => { open.hidden = panel.saved || !model.get("can_open"); });
   panel.watch(["filename"], () => setText(filename, model.get("filename") ?? ""));
   panel.watch(["status"], () => {
     setText(status, model.get("status") ?? "");

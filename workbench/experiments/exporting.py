@@ -1,0 +1,85 @@
+"""Experiments as files of each kind that they are exported to; `Experiment.load` reads them again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from workbench.errors import InputError
+from workbench.experiments.experiment import Experiment
+from workbench.experiments.scripts import carrying, notebook, workbench_code
+from workbench.experiments.standalone import standalone_code
+from workbench.models.model import DiffusionModel
+from workbench.tracing.record import Record
+
+FORMATS = {
+    "standalone": "experiment-standalone.py",
+    "workbench": "experiment-workbench.py",
+    "notebook": "experiment.ipynb",
+    "experiment": "experiment.json",
+}
+"""What an experiment is exported to (a script on diffusers and torch alone, one on the workbench, a notebook,
+plain data), and what such a file is called."""
+
+
+def exported(
+    experiment: Experiment,
+    format: str,
+    model: DiffusionModel | None = None,
+    *,
+    runs: tuple[Record, Record] | None = None,
+    allow_code: bool = False,
+    suffix: str | None = None,
+) -> str:
+    """Return the text of a file.
+
+    Args:
+        experiment: what to write.
+        format: one of `FORMATS`.
+        model: the model it is of, if that is open.
+        runs: its source and target, which a standalone script needs; None runs them.
+        allow_code: whether a script may import what the experiment names as modules of one's own.
+        suffix: the file's, ``.py`` or ``.ipynb``, if not the format's own.
+
+    Raises:
+        InputError: a standalone script cannot do what the experiment does.
+    """
+    if format == "experiment":
+        return experiment.model_dump_json(indent=2) + "\n"
+    if format == "standalone":
+        code = standalone_code(experiment, *(runs or _runs(experiment, model)), allow_code=allow_code)
+    else:
+        code = workbench_code(experiment, model, allow_code=allow_code)
+    if (suffix or Path(FORMATS[format]).suffix) == ".py":
+        return carrying(code, experiment)
+    # A notebook's command line is its kernel's.
+    return notebook(code.replace("parser.parse_args()", "parser.parse_args([])"), experiment)
+
+
+def write(text: str, path: str | Path) -> Path:
+    """Write a file.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    written = Path(path)
+    try:
+        written.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{written} cannot be written: {error.strerror or error}") from error
+    return written
+
+
+def free_path(format: str) -> Path:
+    """Return a name for a file of a format that is free in the working directory."""
+    stem, _, suffix = FORMATS[format].rpartition(".")
+    for number in range(1, 10_000):
+        path = Path(f"{stem}-{number}.{suffix}")
+        if not path.exists():
+            return path
+    raise InputError("The working directory is full of exported experiments; give export() a path.")
+
+
+def _runs(experiment: Experiment, model: DiffusionModel | None) -> tuple[Record, Record]:
+    opened, kept = experiment.open() if model is None else model, experiment.captures()
+    target = experiment.run_target(opened, capture=() if experiment.source_model else kept)
+    return experiment.run_source(opened, target, capture=kept), target
