@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from workbench.experiments.attribution import attribute as attribute
     from workbench.experiments.editing import prompt_to_prompt as prompt_to_prompt
     from workbench.experiments.experiment import Experiment as Experiment
+    from workbench.experiments.inversion import invert as invert
     from workbench.experiments.measure import metric as metric
     from workbench.experiments.sweep import Sweep as Sweep
     from workbench.experiments.text_lens import lens as lens
@@ -71,6 +72,7 @@ _HOMES = {
     "Sweep": "workbench.experiments.sweep",
     "Workbench": "workbench.widgets.app",
     "errors": "workbench.errors",
+    "invert": "workbench.experiments.inversion",
     "lens": "workbench.experiments.text_lens",
     "load_record": "workbench.tracing.storage.saved",
     "metric": "workbench.experiments.measure",
@@ -112,6 +114,7 @@ __all__ = [
     "component_tree",
     "daam",
     "errors",
+    "invert",
     "lens",
     "load_record",
     "metric",

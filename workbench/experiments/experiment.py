@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
+from weakref import WeakKeyDictionary
 
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from workbench import zoo
 from workbench.attention.words import find, words_of
-from workbench.errors import InputError
+from workbench.errors import InputError, UnknownNameError, nearest
 from workbench.experiments.changes import AnySpec, Runs, TurnSpec, check_order
+from workbench.experiments.inversion import invert
 from workbench.experiments.texts import readings
 from workbench.interventions.intervention import Intervention
 from workbench.models.asked import Captured
@@ -22,6 +25,9 @@ from workbench.models.hashing import weights_hash
 from workbench.models.model import DiffusionModel
 from workbench.tracing.record import Record
 from workbench.tracing.session import Listener
+
+if TYPE_CHECKING:
+    from workbench.experiments.sweep import Sweep
 
 FORMAT = 2
 """The version of what an experiment is saved as."""
@@ -31,6 +37,9 @@ CARRIED = "# experiment: "
 
 LARGEST = 16 << 20
 """Bytes that the file of an experiment may have."""
+
+_NOISE: WeakKeyDictionary[DiffusionModel, dict[Any, Any]] = WeakKeyDictionary()
+"""The noise of the last picture of each model, which every run of an experiment begins at."""
 
 _SAID = 5
 _TURN = {"step", "prompt", "guidance_scale", "arguments"}
@@ -76,6 +85,8 @@ class Experiment(BaseModel):
         num_inference_steps: steps of both; None is the pipeline's own default.
         guidance_scale: guidance of both; None is the pipeline's own default.
         arguments: further pipeline arguments of both.
+        picture: a file of a picture: both runs begin at the noise that it comes from, found with the source's
+            prompt (see `workbench.invert`), so that the source's run is about that picture.
         source_from: the step at which the source leaves the target's run. 0 is a source with a run of its
             own; later, both are one run up to there, so that the images have one layout, and what is taken
             from the source acts from there on.
@@ -97,6 +108,7 @@ class Experiment(BaseModel):
     num_inference_steps: int | None = Field(default=None, ge=1)
     guidance_scale: float | None = Field(default=None, allow_inf_nan=False)
     arguments: dict[str, JsonValue] = Field(default_factory=dict)
+    picture: str | None = None
     source_from: int = Field(default=0, ge=0)
     interventions: tuple[AnySpec, ...] = ()
     forks: tuple[Fork, ...] = ()
@@ -154,6 +166,12 @@ class Experiment(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _one_beginning(self) -> Self:
+        if self.picture is not None and (self.source_seed is not None or self.source_model is not None):
+            raise ValueError("with a picture both runs are of one noise and one model")
+        return self
+
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read an experiment from a JSON file, or from a script or notebook that one was exported to.
@@ -198,12 +216,69 @@ class Experiment(BaseModel):
         shared = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
         return {**{name: value for name, value in shared.items() if value is not None}, **self.arguments}
 
+    def told(self, model: DiffusionModel) -> dict[str, Any]:
+        """Return the pipeline arguments that both runs share, with the noise of a picture if there is one.
+
+        Raises:
+            InputError: there is no such picture.
+            GuardError: the model's sampler cannot be run backwards.
+        """
+        if self.picture is None:
+            return self.settings()
+        path = Path(self.picture).expanduser()
+        try:
+            with Image.open(path) as opened:
+                picture = opened.convert("RGB")
+        except OSError as error:
+            raise InputError(f"picture={self.picture!r} cannot be opened: {error}") from error
+        known, settings = _NOISE.setdefault(model, {}), self.settings()
+        key = (picture.tobytes(), repr((self.source, settings)))
+        if key not in known:
+            known.clear()
+            # Guidance cannot be run backwards well, and is left out on the way there.
+            plain = {name: value for name, value in settings.items() if name != "guidance_scale"}
+            known[key] = invert(model, picture, self.source, **plain).latents
+        return {**settings, "latents": known[key]}
+
     @property
     def labels(self) -> tuple[str, str]:
         """What tells the source from the target: their prompts, and their seeds where these differ."""
         seeds = self.seed if self.source_seed is None else self.source_seed, self.seed
         apart = seeds[0] != seeds[1]
         return (_label(self.source, seeds[0], apart), _label(self.target, seeds[1], apart))
+
+    def export(
+        self,
+        path: str | Path,
+        format: str = "standalone",
+        model: DiffusionModel | None = None,
+        *,
+        allow_code: bool = False,
+    ) -> Path:
+        """Write the experiment as a script, ``.py``, or a notebook, ``.ipynb``, that makes its image.
+
+        Args:
+            path: where to.
+            format: ``"standalone"``, on diffusers and torch alone, or ``"workbench"``.
+            model: an open model; None opens the one the experiment names, if a standalone script needs it.
+            allow_code: whether the script may import what it names as modules of one's own.
+
+        Raises:
+            InputError: a script cannot do what the experiment does; the message says what.
+            UnknownNameError: no such format.
+        """
+        from workbench.experiments.exporting import exported, write
+
+        if format not in ("standalone", "workbench"):
+            raise UnknownNameError(f"No format {format!r}.{nearest(format, ('standalone', 'workbench'))}")
+        text = exported(self, format, model, allow_code=allow_code, suffix=Path(path).suffix)
+        return write(text, path)
+
+    def sweep(self, axes: Mapping[str, Iterable[Any]], **asked: Any) -> Sweep:
+        """Return a `workbench.Sweep` of the experiment over some axes, which takes the same arguments."""
+        from workbench.experiments.sweep import Sweep
+
+        return Sweep(self, axes, **asked)
 
     def plain(self) -> Self:
         """Return the two runs alone, without what is changed in further ones."""
@@ -313,7 +388,7 @@ class Experiment(BaseModel):
         self, model: DiffusionModel, *, capture: tuple[Captured, ...] = (), listener: Listener | None = None
     ) -> Record:
         """Run the target alone."""
-        settings = {**self.settings(), "seed": self.seed, "listener": listener}
+        settings = {**self.told(model), "seed": self.seed, "listener": listener}
         return model.record(self.target, capture=capture, **settings)
 
     def run_source(
@@ -337,7 +412,7 @@ class Experiment(BaseModel):
                 )
             return target.fork(self.source_from, prompt=self.source, capture=capture, listener=listener)
         seed = self.seed if self.source_seed is None else self.source_seed
-        settings = {**self.settings(), "seed": seed, "listener": listener}
+        settings = {**self.told(model), "seed": seed, "listener": listener}
         other = model if self.source_model is None else DiffusionModel(self.source_model)
         return other.record(self.source, capture=capture, **settings)
 
@@ -453,7 +528,7 @@ class _Runs:
         if key not in self._plain:
             model = self.target.model
             assert isinstance(model, DiffusionModel)
-            settings = {**self.experiment.settings(), "seed": self.experiment.seed}
+            settings = {**self.experiment.told(model), "seed": self.experiment.seed}
             self._plain[key] = model.record(prompt, capture=list(sites), **settings)
         return self._plain[key]
 

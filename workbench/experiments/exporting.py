@@ -49,8 +49,19 @@ def exported(
         code = standalone_code(experiment, *(runs or _runs(experiment, model)), allow_code=allow_code)
     else:
         code = workbench_code(experiment, model, allow_code=allow_code)
-    if (suffix or Path(FORMATS[format]).suffix) == ".py":
-        return carrying(code, experiment)
+    return as_file(code, suffix or Path(FORMATS[format]).suffix, experiment)
+
+
+def as_file(code: str, suffix: str, experiment: Experiment | None = None) -> str:
+    """Return code as the text of a script, ``.py``, or of a notebook, ``.ipynb``, with its experiment.
+
+    Raises:
+        InputError: the file is neither.
+    """
+    if suffix not in (".py", ".ipynb"):
+        raise InputError(f"A file that ends in {suffix!r} is neither a script, .py, nor a notebook, .ipynb.")
+    if suffix == ".py":
+        return code if experiment is None else carrying(code, experiment)
     # A notebook's command line is its kernel's.
     return notebook(code.replace("parser.parse_args()", "parser.parse_args([])"), experiment)
 

@@ -12,12 +12,21 @@ Needs diffusers and torch alone. Run it: python SCRIPT [--model FOLDER_OR_HUB_ID
 
 '''
 
-OPEN = '''
+ONE_IMAGE = """
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default=MODEL, help="folder or Hub id of the pipeline")
 parser.add_argument("--out", default="patched.png", help="where the image goes")
 options = parser.parse_args()
+"""
 
+MANY_IMAGES = """
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--model", default=MODEL, help="folder or Hub id of the pipeline")
+parser.add_argument("--out", default="sweep", help="the folder where images and the table go")
+options = parser.parse_args()
+"""
+
+OPEN = '''
 torch.set_num_threads(THREADS)
 pipeline = DiffusionPipeline.from_pretrained(options.model, revision=REVISION)
 
@@ -239,6 +248,40 @@ def taken(change, run, given, value):
     found = seen(run, place, given)
     found = found[chosen(change, place, "from_tokens" if "from_tokens" in change else "tokens")]
     return found.expand_as(value).to(value)
+'''
+
+SWEEP = '''
+def pixels(image):
+    """Return a picture as numbers from 0 to 1."""
+    return torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8).double() / 255
+
+
+def towards(image, target, source):
+    """Return how far a picture went from the target's to the source's: 0 is the one, 1 the other."""
+    way = pixels(source) - pixels(target)
+    length = (way**2).sum().item()
+    return ((pixels(image) - pixels(target)) * way).sum().item() / length if length else 0.0
+
+
+out = pathlib.Path(options.out)
+out.mkdir(parents=True, exist_ok=True)
+with (out / "cells.csv").open("w", newline="") as file:
+    table = csv.writer(file)
+    table.writerow([*AXES, "towards", "difference"])
+    for number, pair in enumerate(PAIRS):
+        kept.clear()
+        target = run(pair["target"])
+        leaves = {"after": (target, pair["leaves"])} if "leaves" in pair else {}
+        source = run(pair["source"], keeps="source", **leaves)
+        for which in pair["further"]:
+            run({"prompt": which[1], "seed": pair["target"]["seed"]}, keeps=which)
+        for labels, of, changed in CELLS:
+            if of == number:
+                image = run(pair["target"], changes=[CHANGES[each] for each in changed]).image
+                image.save(out / f"{'-'.join(labels)}.png".replace(":", "-"))
+                apart = (pixels(image) - pixels(target.image)).abs().mean().item()
+                table.writerow([*labels, towards(image, target.image, source.image), apart])
+                file.flush()
 '''
 
 KINDS = {

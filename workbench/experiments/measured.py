@@ -27,6 +27,11 @@ class RunMetric:
     of: Callable[[Record, Record, Record], float]
     pictures: bool = True
 
+    @property
+    def known(self) -> bool:
+        """Whether its name alone says what it is."""
+        return self is METRICS.get(self.name) or isinstance(self.of, _Pictured)
+
 
 def run_metric(named: str | RunMetric | measure.Metric | Callable[..., float]) -> RunMetric:
     """Return a metric of runs: by its name, one of pictures, or a function of the three records.

@@ -75,7 +75,8 @@ def workbench_code(
 def _is_plain(experiment: Experiment) -> bool:
     """Whether all there is are two runs of one model and patches of whole values between them."""
     known = {"kind", "site", "steps", "branch"}
-    further = (experiment.forks, experiment.revision, experiment.weights, experiment.source_model)
+    names = ("forks", "revision", "weights", "source_model", "picture")
+    further = [getattr(experiment, name) for name in names]
     return not any(further) and all(
         isinstance(each, PatchSpec) and not each.model_dump(exclude=known, exclude_defaults=True)
         for each in experiment.interventions
@@ -83,7 +84,7 @@ def _is_plain(experiment: Experiment) -> bool:
 
 
 def _as_data(experiment: Experiment, model: DiffusionModel | None, *, allow_code: bool) -> str:
-    given = _said(experiment)
+    given = said(experiment)
     fields = [f"    {name}={literal(value, 4)}," for name, value in given.items()]
     arguments = [] if experiment.model else ["model"]
     if any(isinstance(each, ModuleSpec) for each in experiment.every_change()):
@@ -103,13 +104,13 @@ def _as_data(experiment: Experiment, model: DiffusionModel | None, *, allow_code
     return "\n".join(lines) + "\n"
 
 
-def _said(part: BaseModel) -> dict[str, Any]:
+def said(part: BaseModel) -> dict[str, Any]:
     """Return data without what is said by leaving it out."""
     told: dict[str, Any] = {"kind": part.kind} if isinstance(part, Change | TurnSpec) else {}
     for name, value in part:
         if value != type(part).model_fields[name].get_default(call_default_factory=True):
             several = isinstance(value, tuple) and value and isinstance(value[0], BaseModel)
-            told[name] = [_said(each) for each in value] if several else value
+            told[name] = [said(each) for each in value] if several else value
     return told
 
 
@@ -179,8 +180,11 @@ def carrying(code: str, experiment: Experiment) -> str:
     return f"{code}\n{CARRIED}{data}\n"
 
 
-def notebook(code: str, experiment: Experiment) -> str:
-    """Return a script as a notebook of one cell, nbformat 4.5, with its experiment."""
+def notebook(code: str, experiment: Experiment | None = None) -> str:
+    """Return a script as a notebook of one cell, nbformat 4.5, with its experiment in another."""
+    texts = {"experiment": code}
+    if experiment is not None:
+        texts["data"] = carrying("", experiment).strip()
     cells: list[dict[str, Any]] = [
         {
             "cell_type": "code",
@@ -190,7 +194,7 @@ def notebook(code: str, experiment: Experiment) -> str:
             "execution_count": None,
             "source": text,
         }
-        for name, text in (("experiment", code), ("data", carrying("", experiment).strip()))
+        for name, text in texts.items()
     ]
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     whole = {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}

@@ -111,6 +111,7 @@ class Sweep:
         self.metrics = tuple(run_metric(each) for each in metrics)
         self.corrupt = tuple(corrupt)
         self.controls = controls
+        self.cell = cell
         self.rows = rows
         names = [each.name for each in self.metrics]
         if len(set(names)) < len(names):
@@ -234,6 +235,38 @@ class Sweep:
         """Return what a cell changes, bound to its runs."""
         return self.cells[index].bound(source, target)
 
+    def export(
+        self,
+        path: str | Path,
+        format: str = "standalone",
+        model: DiffusionModel | None = None,
+        *,
+        allow_code: bool = False,
+    ) -> Path:
+        """Write the sweep as a script, ``.py``, or a notebook, ``.ipynb``.
+
+        Args:
+            path: where to.
+            format: ``"standalone"``, on diffusers and torch alone: it runs each cell by itself, saves its
+                image and a table; or ``"workbench"``: this sweep with its controls.
+            model: an open model; None opens the one the experiment names, if a standalone script needs it.
+            allow_code: whether the script may import what cells name as modules of one's own.
+
+        Raises:
+            InputError: a script cannot do what the sweep does; the message says what.
+            UnknownNameError: no such format.
+        """
+        from workbench.experiments import sweepcode
+        from workbench.experiments.exporting import as_file, write
+
+        if format not in ("standalone", "workbench"):
+            raise UnknownNameError(f"No format {format!r}.{nearest(format, ('standalone', 'workbench'))}")
+        if format == "standalone":
+            code = sweepcode.standalone_sweep_code(self, model, allow_code=allow_code)
+        else:
+            code = sweepcode.workbench_sweep_code(self)
+        return write(as_file(code, Path(path).suffix), path)
+
     def _checked(self, point: dict[str, Any], cell: Callable[[dict[str, Any]], Experiment]) -> Experiment:
         made = cell(dict(point))
         if not isinstance(made, Experiment):
@@ -244,6 +277,11 @@ class Sweep:
             raise InputError(
                 f"The cell of {point} has turns, branches or a source of another model, which no row of a "
                 "sweep can have: run it by itself, experiment.run()."
+            )
+        if made.picture is not None:
+            raise InputError(
+                "A sweep tells what a seed did from what a patch did, and the noise of a picture has no "
+                "seed: run the experiment of a picture by itself, experiment.run()."
             )
         if made.num_inference_steps != self.experiment.num_inference_steps:
             raise InputError(f"The cell of {point} has other steps. A sweep's runs all have as many.")

@@ -73,6 +73,7 @@ class Workbench:
         self.model = model if isinstance(model, DiffusionModel) else DiffusionModel(model)
         self._arguments = arguments
         self._allow_code = False
+        self._picture: str | None = None
         self._stage = Stage(self.model)
         self._worker = Worker("workbench")
         self._pair: Pair | None = None
@@ -180,7 +181,7 @@ class Workbench:
             for name, value in (settings | shown | {"source_from": wanted.source_from}).items():
                 if value is not None or name == "source_seed":
                     setattr(self.controls, name, value)
-        self._arguments = dict(wanted.arguments)
+        self._arguments, self._picture = dict(wanted.arguments), wanted.picture
         self._worker.stop()
         self._screen.say("running", forget=True)
         return self._submit("run", lambda job: self._run_experiment(job, wanted, allow_code))
@@ -441,6 +442,7 @@ class Workbench:
                 num_inference_steps=controls.steps if controls.can_step else None,
                 guidance_scale=controls.guidance if controls.can_guide else None,
                 arguments=self._arguments,
+                picture=self._picture,
                 source_from=controls.source_from,
             )
         except ValidationError as error:

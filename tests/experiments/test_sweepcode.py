@@ -1,0 +1,104 @@
+"""Sweeps as scripts: every cell's image is the one that the sweep gives."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from workbench.errors import InputError, UnknownNameError
+from workbench.experiments.experiment import Experiment
+from workbench.experiments.sweep import Sweep
+from workbench.interventions.corrupt import Corrupt
+from workbench.models.model import DiffusionModel
+
+REPOSITORY = Path(__file__).parents[2]
+PAIR = Experiment(
+    model="shapes-unet",
+    source="a {colour} circle",
+    target="a blue circle",
+    num_inference_steps=3,
+    guidance_scale=2.0,
+    source_from=1,
+)
+AXES = {
+    "site": ["unet.mid_block", "unet.up_blocks.2"],
+    "step": [1, 2],
+    "colour": ["red", "green"],
+    "seed": [3, 4],
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return DiffusionModel("shapes-unet")
+
+
+def run(folder, *arguments, workbench=True):
+    hidden = "" if workbench else "sys.modules['workbench'] = None; "
+    code = f"import runpy, sys; {hidden}sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        cwd=folder,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_standalone_script_makes_each_cell(model, tmp_path):
+    sweep = PAIR.sweep(AXES, controls=False)
+    sweep.export(tmp_path / "script.py", model=model)
+    run(tmp_path, "script.py", "--out", tmp_path / "cells", workbench=False)
+    with (tmp_path / "cells" / "cells.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == len(sweep.cells) == len(list((tmp_path / "cells").glob("*.png"))) == 16
+    for point, row in zip(sweep.points, sorted(table, key=_order(sweep)), strict=True):
+        assert {name: row[name] for name in point} == {name: str(value) for name, value in point.items()}
+    for index in (0, 5, 15):
+        cell = sweep.run_at(model, **sweep.points[index])
+        name = "-".join(str(value) for value in sweep.points[index].values())
+        assert Image.open(tmp_path / "cells" / f"{name}.png").tobytes() == cell.images[0].tobytes()
+    found = sweep.measure(model)
+    mine = [float(row["towards"]) for row in sorted(table, key=_order(sweep))]
+    of = {each.cell: each.values["towards"] for each in found if each.kind == "cell"}
+    assert np.allclose(mine, [of[index] for index in range(16)], atol=0.02)
+
+
+def _order(sweep):
+    names = [tuple(str(value) for value in point.values()) for point in sweep.points]
+    return lambda row: names.index(tuple(row[name] for name in sweep.axes))
+
+
+def test_workbench_script_is_the_sweep(model, tmp_path):
+    pytest.importorskip("xarray")
+    axes = {**AXES, "colour": ["red"], "site": ["unet.mid_block"]}
+    corrupt = [Corrupt(seed=2, strength=1.0)]
+    sweep = Sweep(PAIR, axes, window="half", metrics=["towards", "psnr"], corrupt=corrupt)
+    sweep.export(tmp_path / "script.py", "workbench")
+    run(tmp_path, "script.py")
+    again = sweep.load(tmp_path / "sweep")
+    assert np.isfinite(again.towards.values).all()
+    assert again.identical(sweep.run(model, tmp_path / "sweep"))
+    assert (tmp_path / "sweep.csv").is_file()
+
+
+def test_what_a_script_cannot_do_is_refused_by_name(model, tmp_path):
+    axes = {"site": ["unet.mid_block"], "step": [1], "seed": [1], "colour": ["red"]}
+    with pytest.raises(InputError, match="corrupt"):
+        PAIR.sweep(axes, corrupt=[Corrupt()]).export(tmp_path / "x.py", model=model)
+    with pytest.raises(InputError, match="functions"):
+        PAIR.sweep(axes, metrics=[lambda *_: 0.0]).export(tmp_path / "x.py", "workbench")
+    with pytest.raises(UnknownNameError, match="standalone"):
+        PAIR.sweep(axes).export(tmp_path / "x.py", "alone")
+    with pytest.raises(InputError, match="ipynb"):
+        PAIR.sweep(axes).export(tmp_path / "x.txt", "workbench")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,139 @@
+"""A sweep as a script, on the workbench or on diffusers and torch alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from workbench.errors import InputError
+from workbench.experiments import machine
+from workbench.experiments.changes import LayerChange, SiteChange
+from workbench.experiments.experiment import Experiment, rerun
+from workbench.experiments.labelled import label
+from workbench.experiments.planned import Planner
+from workbench.experiments.scripts import literal, said
+from workbench.experiments.standalone import add_all, data_code, head_code, machine_code, runs_of, shared_code
+from workbench.experiments.surveying import Survey
+from workbench.experiments.sweep import Sweep
+from workbench.experiments.sweepplan import pairs_of
+from workbench.models.model import DiffusionModel
+
+
+def workbench_sweep_code(sweep: Sweep) -> str:
+    """Return a sweep as Python against the workbench.
+
+    Raises:
+        InputError: its cells or metrics are functions, which a script has not.
+    """
+    named = [each.name for each in sweep.metrics if each.known]
+    if sweep.cell is not None or len(named) < len(sweep.metrics):
+        raise InputError(
+            "A script of a sweep has no functions of yours, neither cell= nor metrics: take those that have "
+            "names, and patches. A standalone script writes out what cell= made."
+        )
+    settings = {
+        "window": sweep.window,
+        "branch": sweep.branch,
+        "metrics": named,
+        "corrupt": sweep.corrupt,
+        "controls": sweep.controls,
+        "rows": sweep.rows,
+    }
+    fields = [f"    {name}={literal(value, 4)}," for name, value in said(sweep.experiment).items()]
+    lines = [
+        "import workbench as wb",
+        *(["from workbench import Corrupt"] if sweep.corrupt else []),
+        "",
+        "experiment = wb.Experiment(",
+        *fields,
+        ")",
+        "sweep = wb.Sweep(",
+        "    experiment,",
+        f"    {literal({name: [*map(_value, values)] for name, values in sweep.axes.items()}, 4)},",
+        *(f"    {name}={literal(value, 4)}," for name, value in settings.items()),
+        ")",
+        'found = sweep.run(folder="sweep")',
+        'found.to_dataframe().to_csv("sweep.csv")',
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def standalone_sweep_code(
+    sweep: Sweep, model: DiffusionModel | None = None, *, allow_code: bool = False
+) -> str:
+    """Return a sweep as a script that needs diffusers and torch alone.
+
+    Each cell is a run of its own, whose image the script saves, beside a table of how far it went towards
+    the source. Of controls it has none.
+
+    Args:
+        sweep: what to write.
+        model: the model it is of; None opens the one the experiment names.
+        allow_code: whether the script may import what cells name as modules of one's own.
+
+    Raises:
+        InputError: the model was built in memory, a cell changes what plain hooks do not reach, or the
+            target is corrupted.
+    """
+    if sweep.corrupt:
+        raise InputError(
+            "A standalone script does not corrupt its target. Export the sweep on the workbench."
+        )
+    opened = sweep.experiment.open() if model is None else model
+    changes: list[dict[str, Any]] = []
+    cells: list[tuple[Any, ...]] = []
+    pairs: dict[int, dict[str, Any]] = {}
+    planners: dict[tuple[str | None, str | None], Planner] = {}
+    for point, cell, pair in zip(sweep.points, sweep.cells, pairs_of(sweep.cells), strict=True):
+        told = (cell.source, cell.target)
+        if told not in planners:
+            planners[told] = _planner(sweep, told, opened, allow_code)
+        planner = planners[told]
+        planner.experiment = cell
+        found = planner.planned(*_acting(cell, planner), planner.target)
+        cells.append((tuple(label(value) for value in point.values()), pair, add_all(changes, found)))
+        source, target = runs_of(cell)
+        made = pairs.setdefault(pair, {"source": source, "target": target, "further": []})
+        if cell.source_from:
+            made["leaves"] = planner.target.ledger.at(cell.source_from)[0].tick
+        runs = dict.fromkeys(run for change in found for run in change.get("runs", ()) if run != "source")
+        made["further"] += [run for run in runs if run not in made["further"]]
+    denoisers = {each for planner in planners.values() for each in planner.denoisers}
+    parts = [
+        head_code(changes, "csv", "pathlib"),
+        "\n".join(shared_code(sweep.experiment)),
+        f"AXES = {list(sweep.axes)!r}",
+        f"PAIRS = {literal(list(pairs.values()))}",
+        "# Each cell: its place on the axes, its pair of runs, and its changes.",
+        f"CELLS = {literal(cells)}",
+        data_code(changes, denoisers),
+        machine.MANY_IMAGES,
+        machine.OPEN,
+        *machine_code(changes),
+        machine.SWEEP,
+    ]
+    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def _planner(
+    sweep: Sweep, told: tuple[str | None, str | None], model: DiffusionModel, allow: bool
+) -> Planner:
+    """Return what plans the cells with these prompts: runs of other seeds have the same calls."""
+    cell = next(each for each in sweep.cells if (each.source, each.target) == told)
+    target = cell.run_target(model)
+    return Planner(cell, cell.run_source(model, target), target, allow)
+
+
+def _acting(cell: Experiment, planner: Planner) -> tuple[list[SiteChange], list[Survey]]:
+    """Return what a cell changes: at sites, and in attention, looked at in a run."""
+    acting = cell.acting(planner.steps)
+    surveys = [Survey.of(each) for each in acting if isinstance(each, LayerChange)]
+    if surveys:
+        rerun(planner.target, surveys, cell.runs(planner.source, planner.target))
+    return [each for each in acting if isinstance(each, SiteChange)], surveys
+
+
+def _value(value: Any) -> Any:
+    """Return a point of an axis as data."""
+    if isinstance(value, tuple):
+        return tuple(_value(each) for each in value)
+    return value if isinstance(value, (str, int, float, bool)) or value is None else str(value)
