@@ -184,6 +184,7 @@ def footprint(pipeline: Any) -> dict[str, Any]:
         "grad": torch.is_grad_enabled(),
         "autocast": torch.is_autocast_enabled("cpu"),
         "modes": list(_get_current_function_mode_stack()),
+        "kernel": id(torch.nn.functional.scaled_dot_product_attention),
         "global hooks": [
             list(table)
             for name, table in vars(torch_module).items()

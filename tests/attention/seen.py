@@ -12,6 +12,9 @@ from tests import tiny
 from workbench.attention.request import Attention
 from workbench.models.model import DiffusionModel
 
+KERNEL = functional.scaled_dot_product_attention
+"""The kernel itself: while a run looks at attention, something of the workbench stands at its name."""
+
 
 @dataclass
 class Seen:
@@ -26,7 +29,7 @@ class Seen:
         """Return the softmax as the kernel itself has it: values that are one-hot come out as weights."""
         batch, heads, keys, _ = self.key.shape
         one_hot = torch.eye(keys).expand(batch, heads, keys, keys)
-        return functional.scaled_dot_product_attention(self.query, self.key, one_hot, self.mask)
+        return KERNEL(self.query, self.key, one_hot, self.mask)
 
 
 class Kernel(TorchFunctionMode):
@@ -46,7 +49,7 @@ class Kernel(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is functional.scaled_dot_product_attention and self.path:
+        if func is KERNEL and self.path:
             given = {**dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)), **kwargs}
             seen = Seen(self.path, given["query"].clone(), given["key"].clone(), given.get("attn_mask"))
             self.calls.append(seen)

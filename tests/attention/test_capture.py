@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional
 
 from tests import tiny
-from tests.attention.seen import Kernel, Seen, watched
+from tests.attention.seen import KERNEL, Kernel, Seen, watched
 from tests.watching import as_bytes, footprint
-from workbench.attention import softmax
+from workbench.attention import softmax, tap
 from workbench.attention.request import Attention
 from workbench.attention.softmax import weights
 from workbench.errors import GuardError, InputError, UnknownNameError
@@ -264,3 +265,49 @@ def test_words_of_a_prompt_behind_a_template_are_found():
     words = [word.text for word in record.attention.words]
     assert words.count("·") == 0
     assert {"a", "red", "circle"} <= {word.partition("<")[0] for word in words}
+
+
+class Between:
+    """Lets another run begin and end between the steps of a run."""
+
+    def __init__(self, other):
+        self.other = other
+        self.records = []
+
+    def started(self, row):
+        pass
+
+    def ticked(self, tick, latents):
+        self.records.append(self.other())
+
+
+def test_runs_of_two_models_at_once_see_each_their_own():
+    one, other = (DiffusionModel(tiny.sd1()) for _ in range(2))
+    asked = {**tiny.CASES["sd1"].arguments, "seed": 0, "capture": [Attention()]}
+    alone = one.record(**asked)
+    between = Between(lambda: other.record(**asked))
+    record = one.record(**asked, listener=between)
+    assert functional.scaled_dot_product_attention is KERNEL
+    for each in (record, *between.records):
+        assert each.attention.layers.keys() == alone.attention.layers.keys()
+        for path, maps in each.attention.layers.items():
+            assert torch.equal(maps, alone.attention.layers[path])
+
+
+def test_a_layer_that_is_known_is_watched_without_a_mode(monkeypatch):
+    entered = []
+    enter = tap._Mode.__enter__
+    monkeypatch.setattr(tap._Mode, "__enter__", lambda mode: entered.append(1) or enter(mode))
+    record = DiffusionModel(tiny.sd1()).record("a red circle", num_inference_steps=5, capture=[Attention()])
+    assert len(entered) == len(record.attention.layers)
+
+
+def test_where_others_stand_at_the_kernel_s_name_the_mode_stays(monkeypatch):
+    asked = {**tiny.CASES["sd1"].arguments, "seed": 0, "capture": [Attention()]}
+    alone = DiffusionModel(tiny.sd1()).record(**asked)
+    mine = lambda *given, **named: KERNEL(*given, **named)  # noqa: E731
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", mine)
+    record = DiffusionModel(tiny.sd1()).record(**asked)
+    assert functional.scaled_dot_product_attention is mine
+    for path, maps in record.attention.layers.items():
+        assert torch.equal(maps, alone.attention.layers[path])

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 COLUMNS = ("sites", "maps", "forks")
 CPU = torch.device("cpu")
+KERNEL = functional.scaled_dot_product_attention
 WORDS = 24
 """Tokens of every prompt here."""
 
@@ -269,7 +270,7 @@ class Kernel(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is functional.scaled_dot_product_attention:
+        if func is KERNEL:
             given = {**dict(zip(("query", "key"), args, strict=False)), **kwargs}
             query, key = given["query"][-1].float(), given["key"][-1].float()
             weights = torch.softmax(query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5, -1).mean(0)

@@ -51,17 +51,21 @@ class ConceptAttention:
     steps: Steps = None
     branch: str = "cond"
     sample: int = 0
-    _run: _Run | None = field(default=None, init=False, repr=False, compare=False)
+    _runs: dict[int, _Run] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @contextmanager
     def watching(self, session: Session) -> Iterator[None]:
         """Watch the attention layers of a run."""
-        self._run = _Run(self, session)
-        yield
+        self._runs[id(session.record)] = _Run(self, session)
+        try:
+            yield
+        except Exception:
+            del self._runs[id(session.record)]
+            raise
 
     def deliver(self, record: Record) -> None:
         """Put the maps into the record."""
-        run, self._run = self._run, None
+        run = self._runs.pop(id(record), None)
         if run is not None:
             add_maps(record, run.maps())
 

@@ -65,7 +65,7 @@ class Attention:
     top: int | None = None
     sample: int = 0
     budget: int | None = None
-    _run: Run | None = field(default=None, init=False, repr=False, compare=False)
+    _runs: dict[int, Run] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Bring the choices into a plain form, and refuse what contradicts itself."""
@@ -127,18 +127,18 @@ class Attention:
         """Watch the attention layers of a run."""
         from workbench.attention.capture import Run
 
-        self._run = Run(self, session)
+        run = self._runs[id(session.record)] = Run(self, session)
         try:
-            with self._run.watching():
+            with run.watching():
                 yield
         except Exception as error:
             if not isinstance(error, RunStopped):
-                self._run = None
+                del self._runs[id(session.record)]
             raise
 
     def deliver(self, record: Record) -> None:
         """Put the maps into the record."""
-        run, self._run = self._run, None
+        run = self._runs.pop(id(record), None)
         if run is None:
             return
         add_maps(record, run.maps())

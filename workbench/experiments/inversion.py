@@ -245,4 +245,5 @@ def _next(tried: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
     moved = (
         latents.flatten().double() + miss.flatten().double() - ((places + misses) @ mixed.to(misses))[:, 0]
     )
-    return moved.reshape(latents.shape).to(latents)
+    found: torch.Tensor = moved.reshape(latents.shape).to(latents)
+    return found
