@@ -16,8 +16,9 @@ from PIL import Image
 from tests import tiny
 from tests.watching import as_bytes, footprint
 from workbench.errors import BusyError, InputError, RunStopped, UnknownNameError, WorkbenchError
+from workbench.experiments.branching import Fork
 from workbench.experiments.changes import PatchSpec, ReweightSpec, ScaleSpec
-from workbench.experiments.experiment import Experiment, Fork
+from workbench.experiments.experiment import Experiment
 from workbench.experiments.exporting import FORMATS
 from workbench.interventions.patch import Patch
 from workbench.models.model import DiffusionModel

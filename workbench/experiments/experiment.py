@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 from workbench import zoo
 from workbench.attention.words import find, words_of
 from workbench.errors import InputError, UnknownNameError, nearest
+from workbench.experiments.branching import Branch, Fork, acting_in, check_forks, every_fork, first_of, rerun
 from workbench.experiments.changes import AnySpec, Runs, TurnSpec, check_order
 from workbench.experiments.inversion import invert
 from workbench.experiments.texts import readings
@@ -42,31 +43,6 @@ _NOISE: WeakKeyDictionary[DiffusionModel, dict[Any, Any]] = WeakKeyDictionary()
 """The noise of the last picture of each model, which every run of an experiment begins at."""
 
 _SAID = 5
-_TURN = {"step", "prompt", "guidance_scale", "arguments"}
-
-
-class Fork(TurnSpec):
-    """A branch that leaves a run: from its step on with other arguments, further interventions, or both.
-
-    Attributes:
-        interventions: acting from the step on, after those of the run it leaves.
-        forks: branches that leave this one.
-    """
-
-    kind: Literal["fork"] = "fork"  # type: ignore[assignment]
-    interventions: tuple[AnySpec, ...] = ()
-    forks: tuple[Fork, ...] = ()
-
-    @model_validator(mode="after")
-    def _says_something(self) -> Self:
-        if not self.changes() and not self.interventions:
-            raise ValueError("a fork changes something: prompt, guidance_scale, arguments or interventions")
-        return self
-
-    def acting(self, steps: int) -> list[Any]:
-        """Return what acts in the branch of runs of ``steps`` steps: its own arguments first."""
-        told = [TurnSpec(**self.model_dump(include=_TURN))] if self.changes() else []
-        return [*told, *_acting(self.interventions, steps, self.step, every=True)]
 
 
 class Experiment(BaseModel):
@@ -133,7 +109,7 @@ class Experiment(BaseModel):
     @model_validator(mode="after")
     def _in_order(self) -> Self:
         check_order(self.interventions)
-        _check_forks(self.forks, self.interventions)
+        check_forks(self.forks, self.interventions)
         return self
 
     @model_validator(mode="after")
@@ -332,11 +308,11 @@ class Experiment(BaseModel):
         Raises:
             InputError: one names a step that the runs have not.
         """
-        return _acting(self.interventions, steps, self.source_from)
+        return acting_in(self.interventions, steps, self.source_from)
 
     def first_step(self, steps: int) -> int:
         """Return the first of ``steps`` steps that anything is changed in; ``steps`` if nothing is."""
-        return _first(self.acting(steps), steps)
+        return first_of(self.acting(steps), steps)
 
     def run(
         self,
@@ -481,25 +457,10 @@ class Experiment(BaseModel):
 
     def every_change(self) -> list[Any]:
         """Return the interventions of the run and of all branches."""
-        return [*self.interventions, *(each for fork in _all(self.forks) for each in fork.interventions)]
-
-
-@dataclass(frozen=True)
-class Branch:
-    """What a fork's run left behind, and the branches that leave it."""
-
-    fork: Fork
-    record: Record
-    branches: tuple[Branch, ...]
-
-
-def named(branches: Sequence[Branch], stem: str = "branch") -> list[tuple[str, Record]]:
-    """Return the runs of a tree of branches with a name each: ``branch-0``, ``branch-0-1``, and so on."""
-    found: list[tuple[str, Record]] = []
-    for number, branch in enumerate(branches):
-        name = f"{stem}-{number}"
-        found += [(name, branch.record), *named(branch.branches, name)]
-    return found
+        return [
+            *self.interventions,
+            *(each for fork in every_fork(self.forks) for each in fork.interventions),
+        ]
 
 
 @dataclass(frozen=True)
@@ -534,85 +495,6 @@ class _Runs:
 
     def places(self, words: Sequence[str], *, source: bool = False) -> Callable[[int], tuple[int, ...]]:
         return self.experiment.places(self.source if source else self.target, words)
-
-
-def rerun(
-    run: Record,
-    acting: Sequence[Any],
-    runs: Runs,
-    before: Sequence[Any] = (),
-    *,
-    listener: Listener | None = None,
-    start: int | None = None,
-) -> Record:
-    """Return a run with changes: a fork at the first of them, and one more at each turn after it.
-
-    Args:
-        run: what is changed.
-        acting: interventions and turns, as data.
-        runs: what the interventions take from.
-        before: interventions that go first.
-        listener: told how the runs go on.
-        start: the step to fork at; None is the first that anything is changed in.
-
-    Raises:
-        InputError: a turn is at a step that the run has not.
-    """
-    steps = run.ledger.steps
-    turns = [each for each in acting if isinstance(each, TurnSpec)]
-    edits = [each for each in acting if not isinstance(each, TurnSpec)]
-    bound = [*before, *(each.bind(runs) for each in edits)]
-    first = _first(edits, steps) if start is None else start
-    for turn in turns:
-        if turn.step >= steps:
-            raise InputError(
-                f"The runs have {steps} steps, counted from 0; a turn at {turn.step} is in none."
-            )
-    common = {"capture": (), "listener": listener}
-    if turns and turns[0].step <= first:
-        turn = turns.pop(0)
-        run = run.fork(turn.step, interventions=bound, **turn.changes(), **common)
-    else:
-        run = run.fork(first, interventions=bound, **common)
-    for turn in turns:
-        run = run.fork(turn.step, **turn.changes(), **common)
-    return run
-
-
-def _acting(changes: Sequence[Any], steps: int, start: int, *, every: bool = False) -> list[Any]:
-    """Return changes without the steps before ``start``: those that take from the source, or every one."""
-    found = []
-    for each in changes:
-        if not isinstance(each, TurnSpec) and start and (every or each.captures):
-            acts = each.act(steps)
-            late = tuple(sorted(step for step in acts if step >= start))
-            if not late:
-                continue
-            found.append(each if len(late) == len(acts) else each.model_copy(update={"steps": late}))
-        else:
-            if not isinstance(each, TurnSpec):
-                each.act(steps)  # refuses steps that are not there
-            found.append(each)
-    return found
-
-
-def _first(changes: Sequence[Any], steps: int) -> int:
-    firsts = [each.step if isinstance(each, TurnSpec) else min(each.act(steps)) for each in changes]
-    return min(firsts, default=steps)
-
-
-def _all(forks: Sequence[Fork]) -> list[Fork]:
-    return [each for fork in forks for each in (fork, *_all(fork.forks))]
-
-
-def _check_forks(forks: Sequence[Fork], before: Sequence[Any], step: int = 0) -> None:
-    for number, fork in enumerate(forks):
-        if fork.step < step:
-            raise ValueError(
-                f"fork {number}, at step {fork.step}, leaves a branch that begins at step {step}"
-            )
-        check_order(fork.interventions)
-        _check_forks(fork.forks, (*before, *fork.interventions), fork.step)
 
 
 def _carried(text: str) -> str:

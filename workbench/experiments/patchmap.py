@@ -10,8 +10,9 @@ import numpy as np
 from PIL import Image
 
 from workbench.errors import InputError
+from workbench.experiments.branching import Branch
 from workbench.experiments.changes import PatchSpec
-from workbench.experiments.experiment import Branch, Experiment
+from workbench.experiments.experiment import Experiment
 from workbench.experiments.metrics import difference, towards
 from workbench.experiments.together import ROWS, evenly, fork_rows, goes_together
 from workbench.experiments.windows import WINDOWS, window

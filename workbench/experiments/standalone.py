@@ -17,8 +17,9 @@ import torch
 from workbench import zoo
 from workbench.errors import InputError
 from workbench.experiments import machine
+from workbench.experiments.branching import Fork, rerun
 from workbench.experiments.changes import LayerChange, Runs, SiteChange, TurnSpec
-from workbench.experiments.experiment import Experiment, Fork, rerun
+from workbench.experiments.experiment import Experiment
 from workbench.experiments.planned import ELSE, Planner
 from workbench.experiments.scripts import Code, literal
 from workbench.experiments.surveying import Survey

@@ -6,8 +6,9 @@ from typing import Any
 
 from workbench.errors import InputError
 from workbench.experiments import machine
+from workbench.experiments.branching import rerun
 from workbench.experiments.changes import LayerChange, SiteChange
-from workbench.experiments.experiment import Experiment, rerun
+from workbench.experiments.experiment import Experiment
 from workbench.experiments.labelled import label
 from workbench.experiments.planned import Planner
 from workbench.experiments.scripts import literal, said

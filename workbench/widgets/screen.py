@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from workbench.experiments.experiment import Experiment, named
+from workbench.experiments.branching import named
+from workbench.experiments.experiment import Experiment
 from workbench.experiments.metrics import difference_image
 from workbench.experiments.patchmap import Cell
 from workbench.experiments.scripts import workbench_code

@@ -1,0 +1,144 @@
+"""Branches of an experiment: runs that leave another at a step, and how they are made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from pydantic import model_validator
+
+from workbench.errors import InputError
+from workbench.experiments.changes import AnySpec, Runs, TurnSpec, check_order
+from workbench.tracing.record import Record
+from workbench.tracing.session import Listener
+
+_TURN = {"step", "prompt", "guidance_scale", "arguments"}
+
+
+class Fork(TurnSpec):
+    """A branch that leaves a run: from its step on with other arguments, further interventions, or both.
+
+    Attributes:
+        interventions: acting from the step on, after those of the run it leaves.
+        forks: branches that leave this one.
+    """
+
+    kind: Literal["fork"] = "fork"  # type: ignore[assignment]
+    interventions: tuple[AnySpec, ...] = ()
+    forks: tuple[Fork, ...] = ()
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if not self.changes() and not self.interventions:
+            raise ValueError("a fork changes something: prompt, guidance_scale, arguments or interventions")
+        return self
+
+    def acting(self, steps: int) -> list[Any]:
+        """Return what acts in the branch of runs of ``steps`` steps: its own arguments first."""
+        told = [TurnSpec(**self.model_dump(include=_TURN))] if self.changes() else []
+        return [*told, *acting_in(self.interventions, steps, self.step, every=True)]
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What a fork's run left behind, and the branches that leave it."""
+
+    fork: Fork
+    record: Record
+    branches: tuple[Branch, ...]
+
+
+def named(branches: Sequence[Branch], stem: str = "branch") -> list[tuple[str, Record]]:
+    """Return the runs of a tree of branches with a name each: ``branch-0``, ``branch-0-1``, and so on."""
+    found: list[tuple[str, Record]] = []
+    for number, branch in enumerate(branches):
+        name = f"{stem}-{number}"
+        found += [(name, branch.record), *named(branch.branches, name)]
+    return found
+
+
+def rerun(
+    run: Record,
+    acting: Sequence[Any],
+    runs: Runs,
+    before: Sequence[Any] = (),
+    *,
+    listener: Listener | None = None,
+    start: int | None = None,
+) -> Record:
+    """Return a run with changes: a fork at the first of them, and one more at each turn after it.
+
+    Args:
+        run: what is changed.
+        acting: interventions and turns, as data.
+        runs: what the interventions take from.
+        before: interventions that go first.
+        listener: told how the runs go on.
+        start: the step to fork at; None is the first that anything is changed in.
+
+    Raises:
+        InputError: a turn is at a step that the run has not.
+    """
+    steps = run.ledger.steps
+    turns = [each for each in acting if isinstance(each, TurnSpec)]
+    edits = [each for each in acting if not isinstance(each, TurnSpec)]
+    bound = [*before, *(each.bind(runs) for each in edits)]
+    first = first_of(edits, steps) if start is None else start
+    for turn in turns:
+        if turn.step >= steps:
+            raise InputError(
+                f"The runs have {steps} steps, counted from 0; a turn at {turn.step} is in none."
+            )
+    common = {"capture": (), "listener": listener}
+    if turns and turns[0].step <= first:
+        turn = turns.pop(0)
+        run = run.fork(turn.step, interventions=bound, **turn.changes(), **common)
+    else:
+        run = run.fork(first, interventions=bound, **common)
+    for turn in turns:
+        run = run.fork(turn.step, **turn.changes(), **common)
+    return run
+
+
+def acting_in(changes: Sequence[Any], steps: int, start: int, *, every: bool = False) -> list[Any]:
+    """Return changes without the steps before ``start``: those that take from the source, or every one."""
+    found = []
+    for each in changes:
+        if not isinstance(each, TurnSpec) and start and (every or each.captures):
+            acts = each.act(steps)
+            late = tuple(sorted(step for step in acts if step >= start))
+            if not late:
+                continue
+            found.append(each if len(late) == len(acts) else each.model_copy(update={"steps": late}))
+        else:
+            if not isinstance(each, TurnSpec):
+                each.act(steps)  # refuses steps that are not there
+            found.append(each)
+    return found
+
+
+def first_of(changes: Sequence[Any], steps: int) -> int:
+    """Return the first of ``steps`` steps that any of the changes acts in; ``steps`` if none does."""
+    firsts = [each.step if isinstance(each, TurnSpec) else min(each.act(steps)) for each in changes]
+    return min(firsts, default=steps)
+
+
+def every_fork(forks: Sequence[Fork]) -> list[Fork]:
+    """Return the branches of a tree, each before those that leave it."""
+    return [each for fork in forks for each in (fork, *every_fork(fork.forks))]
+
+
+def check_forks(forks: Sequence[Fork], before: Sequence[Any], step: int = 0) -> None:
+    """Refuse branches that begin before what they leave, or of which one change undoes another.
+
+    Raises:
+        ValueError: with the branch.
+    """
+    for number, fork in enumerate(forks):
+        if fork.step < step:
+            raise ValueError(
+                f"fork {number}, at step {fork.step}, leaves a branch that begins at step {step}"
+            )
+        check_order(fork.interventions)
+        check_forks(fork.forks, (*before, *fork.interventions), fork.step)
