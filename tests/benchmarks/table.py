@@ -73,8 +73,9 @@ def as_text(rows: Sequence[Row]) -> str:
 _HEAD = """# Benchmarks
 
 `make bench` prints them; `python -m tests.benchmarks --write` writes this page, with `--only` some sections.
-Ratios are to the bare pipeline in the same process, the variants taking turns: the median of the rounds, with
-its 95% bootstrap interval. nnsight does the same where it is installed.
+Ratios are to the bare pipeline in the same process, or to what the row says ("of …"), the variants taking
+turns: the median of the rounds, with its 95% bootstrap interval. nnsight does the same where it is installed.
+A bound is what is aimed at; a row above its own misses it.
 """
 
 

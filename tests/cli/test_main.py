@@ -170,10 +170,10 @@ def test_an_experiment_is_run_exported_and_read_back(capsys, pipeline, tmp_path)
     assert (status, said.strip()) == (0, str(tmp_path / "p.html"))
     assert "<html" in (tmp_path / "p.html").read_text()[:200]
     for name, kind in (
-        ("a.py", []),
-        ("b.py", ["--standalone"]),
-        ("c.ipynb", []),
-        ("d.ipynb", ["--standalone"]),
+        ("a.py", ["--workbench"]),
+        ("b.py", []),
+        ("c.ipynb", ["--workbench"]),
+        ("d.ipynb", []),
     ):
         assert command(capsys, "export", file, "--out", tmp_path / name, *kind)[0] == 0
         assert wb.Experiment.load(tmp_path / name) == experiment
@@ -188,7 +188,7 @@ def test_an_experiment_is_run_exported_and_read_back(capsys, pipeline, tmp_path)
 
 def test_a_sweep_writes_its_map_and_says_where_it_is_highest(capsys, pipeline, tmp_path):
     file = small(pipeline).save(tmp_path / "experiment.json")
-    sites = ("--capture", "unet.mid_block", "--capture", "unet.conv_in")
+    sites = ("--site", "unet.mid_block", "--site", "unet.conv_in")
     asked = ("--out", tmp_path / "map", *sites, "--seeds", 2)
     status, said, _ = command(capsys, "sweep", file, *asked)
     assert status == 0

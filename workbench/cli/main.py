@@ -10,6 +10,7 @@ import typer
 
 import workbench as wb
 from workbench.errors import WorkbenchError
+from workbench.experiments.windows import WINDOWS
 
 app = typer.Typer(
     help="See inside diffusion models, and change what happens there.",
@@ -27,7 +28,8 @@ Model = Annotated[
 ]
 Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="What the image is to show.")]
 Out = Annotated[
-    Path, typer.Option("--out", metavar="FOLDER", help="Where to save; a record that is there is replaced.")
+    Path,
+    typer.Option("--out", metavar="FOLDER", help="Folder to write to; what it has of the same is replaced."),
 ]
 Sites = Annotated[
     list[str] | None,
@@ -76,7 +78,7 @@ def record(
 
 @app.command()
 def demo(out: Out = Path("workbench-demo")) -> None:
-    """Patch one step's colour into another run on a shipped model; no network, a few seconds.
+    """Patch one run's colour into another through one layer of a shipped model; a few seconds.
 
     Example: workbench demo --out demo
     """
@@ -120,21 +122,37 @@ def run(
 def sweep(
     experiment: ExperimentFile,
     out: Out,
-    site: Sites = None,
+    site: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--site",
+            metavar="SITE",
+            help="A site to patch; may be repeated. All blocks and attentions if not given.",
+        ),
+    ] = None,
     step: Annotated[
         list[int] | None, typer.Option("--step", help="A step; may be repeated. All if not given.")
     ] = None,
-    window: Annotated[str, typer.Option("--window", help="Which steps a cell covers.")] = "1",
+    window: Annotated[
+        str, typer.Option("--window", help=f"Which steps a cell covers: {', '.join(WINDOWS)}.")
+    ] = "1",
     seeds: Annotated[
         int, typer.Option("--seeds", min=1, help="How many noise seeds, from the experiment's own.")
     ] = 4,
     metric: Annotated[
-        list[str] | None, typer.Option("--metric", help="What is measured; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            "--metric",
+            help="What is measured, such as towards (if none is given), difference, ssim; may be repeated.",
+        ),
     ] = None,
 ) -> None:
-    """Patch every site at every step, and write the map; killed, it goes on where it was.
+    """Patch every site at every step, each beside a random direction, and write the map.
 
-    Example: workbench sweep experiment.json --out map --capture unet.mid_block --seeds 2
+    Source and target are the experiment's; what it changes itself is left out. Killed, a sweep goes on
+    where it was.
+
+    Example: workbench sweep experiment.json --out map --site unet.mid_block --seeds 2
     """
     from workbench.cli.experiments import survey
 
@@ -147,12 +165,15 @@ def sweep(
 def export(
     experiment: ExperimentFile,
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="What to write: a .py or .ipynb file.")],
-    standalone: Annotated[bool, typer.Option("--standalone", help="On diffusers and torch alone.")] = False,
+    standalone: Annotated[
+        bool,
+        typer.Option("--standalone/--workbench", help="On diffusers and torch alone, or on this package."),
+    ] = True,
     allow_code: AllowCode = False,
 ) -> None:
     """Write an experiment as a script or a notebook that makes the same image.
 
-    Example: workbench export experiment.json --standalone --out experiment.py
+    Example: workbench export experiment.json --out experiment.py
     """
     from workbench.cli.experiments import written
 

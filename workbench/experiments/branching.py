@@ -135,10 +135,21 @@ def check_forks(forks: Sequence[Fork], before: Sequence[Any], step: int = 0) -> 
     Raises:
         ValueError: with the branch.
     """
+    turned = max((each.step for each in before if isinstance(each, TurnSpec)), default=0)
     for number, fork in enumerate(forks):
         if fork.step < step:
             raise ValueError(
                 f"fork {number}, at step {fork.step}, leaves a branch that begins at step {step}"
+            )
+        if fork.step < turned:
+            raise ValueError(
+                f"fork {number}, at step {fork.step}, leaves a run that turns later, at step {turned}: make "
+                "that turn a fork too"
+            )
+        if any(isinstance(each, TurnSpec) and each.step <= fork.step for each in fork.interventions):
+            raise ValueError(
+                f"fork {number}, at step {fork.step}, has a turn that is not later than it begins: a fork "
+                "takes other arguments itself"
             )
         check_order(fork.interventions)
         check_forks(fork.forks, (*before, *fork.interventions), fork.step)
