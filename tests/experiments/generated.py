@@ -59,7 +59,8 @@ def experiment(number: int) -> Experiment:
     places = PLACES[list(PLACES)[number // len(KINDS) % len(PLACES)]]
     source, target = drawn.sample(PROMPTS, 2)
     kind = list(KINDS)[number % len(KINDS)]
-    made = KINDS[kind](drawn, places, target)
+    given = (target, source) if kind == "patch" else (target,)
+    made = KINDS[kind](drawn, places, *given)
     more: dict[str, Any] = {}
     if kind == "fork":
         more = {"forks": made["forks"]}
@@ -110,12 +111,15 @@ def _where(drawn: random.Random, places: Places, target: str) -> dict[str, Any]:
     return found
 
 
-def _patch(drawn: random.Random, places: Places, target: str) -> list[dict[str, Any]]:
+def _patch(
+    drawn: random.Random, places: Places, target: str, source: str = PROMPTS[0]
+) -> list[dict[str, Any]]:
     found = {"kind": "patch", **_where(drawn, places, target)}
     if "words" in found:
-        found |= {"words": ["a"], "from_words": drawn.choice((None, ["a"]))}
-    if drawn.random() < 0.3:
-        found["from_step"] = 2
+        # The text encoder reads forwards, so that only the last word is told apart in every pair of prompts.
+        found |= {"words": target.split()[-1:], "from_words": source.split()[-1:]}
+    if drawn.random() < 0.4:
+        found["from_step"] = drawn.choice((0, 2))
     return [found]
 
 
@@ -176,15 +180,19 @@ def _force(drawn: random.Random, places: Places, target: str) -> list[dict[str, 
 
 
 def _turn(drawn: random.Random, places: Places, target: str) -> list[dict[str, Any]]:
-    first = (
-        _reweight(drawn, places, "a circle")[0] if drawn.random() < 0.5 else _scale(drawn, places, "a a")[0]
-    )
-    first |= {"words": {"a": 2.0}} if first["kind"] == "reweight" else {}
-    return [
-        first,
+    later = drawn.choice(PROMPTS)
+    turns = [
         {"kind": "turn", "step": 1, "guidance_scale": 5.0},
-        {"kind": "turn", "step": 3, "prompt": drawn.choice(PROMPTS)},
+        {"kind": "turn", "step": 3, "prompt": later},
     ]
+    first = drawn.choice(
+        (
+            {"kind": "scale", "site": "latents", "factor": 0.9, "steps": [0, 3]},
+            {"kind": "reweight", "words": {later.split()[-1]: 3.0}, "steps": [3], "site": places.layers[1]},
+            {"kind": "patch", "site": places.image[0], "branch": "cond"},
+        )
+    )
+    return [first, *turns]
 
 
 def _fork(drawn: random.Random, places: Places, target: str) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from workbench.experiments.changes import (
     by_kind,
 )
 from workbench.experiments.experiment import Experiment
+from workbench.interventions.scale import Scale
 from workbench.models.model import DiffusionModel
 
 MIDDLE = "unet.mid_block"
@@ -227,3 +228,15 @@ def test_code_is_imported_only_when_that_is_allowed(model, tmp_path, monkeypatch
     with pytest.raises(InputError, match=r"'payload:run'.*allow_code=True"):
         hostile.run(model)
     assert not (tmp_path / "mark").exists()
+
+
+def test_a_fork_keeps_what_was_done_to_the_latents():
+    model = DiffusionModel(tiny.sd1())
+    halved = Scale("latents", steps=0, factor=0.5)
+    run = model.record("a red circle", seed=1, num_inference_steps=4, interventions=[halved])
+    plain = model.record("a red circle", seed=1, num_inference_steps=4)
+    assert not torch.equal(run.latents, plain.latents)
+    assert torch.equal(run.fork(2).latents, run.latents)
+    late = run.fork(2, interventions=[])
+    assert torch.equal(late.latents, run.latents)
+    assert late.images[0].tobytes() == run.images[0].tobytes()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from PIL import Image
 
 from tests import tiny
@@ -309,3 +310,20 @@ def test_source_of_another_model(tmp_path, scripts):
     )
     assert Image.open(tmp_path / "image.png").tobytes() == outcome.patched.images[0].tobytes()
     assert outcome.patched.images[0].tobytes() != outcome.target.images[0].tobytes()
+
+
+def test_a_script_opens_the_model_as_it_is_open_here(tmp_path, scripts):
+    folder = scripts["sd1"].path.with_suffix("")
+    model = DiffusionModel(str(folder))
+    model.pipeline.scheduler = DDIMScheduler.from_config(model.pipeline.scheduler.config, beta_end=0.02)
+    experiment = scripts["sd1"].outcome.experiment
+    outcome = experiment.run(model)
+    assert outcome.patched.images[0].tobytes() != scripts["sd1"].outcome.patched.images[0].tobytes()
+    experiment.export(tmp_path / "alone.py", model=model)
+    experiment.export(tmp_path / "with.py", "workbench", model=model)
+    alone = "import runpy, sys\nsys.modules['workbench'] = None\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0])\n"
+    run_python(alone, tmp_path / "alone.py", "--out", tmp_path / "alone.png")
+    beside = "import runpy, sys\nrunpy.run_path(sys.argv[1])['patched'].images[0].save(sys.argv[2])\n"
+    run_python(beside, tmp_path / "with.py", tmp_path / "with.png")
+    for name in ("alone", "with"):
+        assert Image.open(tmp_path / f"{name}.png").tobytes() == outcome.patched.images[0].tobytes()

@@ -83,21 +83,22 @@ def rerun(
     steps = run.ledger.steps
     turns = [each for each in acting if isinstance(each, TurnSpec)]
     edits = [each for each in acting if not isinstance(each, TurnSpec)]
-    bound = [*before, *(each.bind(runs) for each in edits)]
+    bound = [each.bind(runs) for each in edits]
     first = first_of(edits, steps) if start is None else start
     for turn in turns:
         if turn.step >= steps:
             raise InputError(
                 f"The runs have {steps} steps, counted from 0; a turn at {turn.step} is in none."
             )
-    common = {"capture": (), "listener": listener}
-    if turns and turns[0].step <= first:
-        turn = turns.pop(0)
-        run = run.fork(turn.step, interventions=bound, **turn.changes(), **common)
-    else:
-        run = run.fork(first, interventions=bound, **common)
-    for turn in turns:
-        run = run.fork(turn.step, **turn.changes(), **common)
+    stages: list[TurnSpec | None] = [*([] if turns and turns[0].step <= first else [None]), *turns]
+    for stage, after in zip(stages, [*stages[1:], None], strict=True):
+        # An edit of what only a later turn's prompt says must not act before it.
+        until = steps if after is None else after.step
+        late = [each for each, edit in zip(bound, edits, strict=True) if not edit.within(0, until, steps)]
+        mine = [each for each in bound if not any(each is other for other in late)]
+        told = {} if stage is None else stage.changes()
+        at = first if stage is None else stage.step
+        run = run.fork(at, interventions=[*before, *mine], capture=(), listener=listener, **told)
     return run
 
 

@@ -102,6 +102,10 @@ class Change(BaseModel):
                 raise InputError(f"The runs have {steps} steps, counted from 0; {step} is none of them.")
         return set(range(steps)) if self.steps is None else {step % steps for step in self.steps}
 
+    def within(self, start: int, end: int, steps: int) -> tuple[int, ...]:
+        """Return the steps, of so many, in which it acts from one up to another."""
+        return tuple(sorted(step for step in self.act(steps) if start <= step < end))
+
     def where(self) -> dict[str, Any]:
         """Return what it has in common with every intervention, as those take it."""
         found = {"steps": self.steps, "branch": self.branch, "heads": self.heads, "strength": self.strength}

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from weakref import WeakKeyDictionary
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from workbench import zoo
 from workbench.attention.words import find, words_of
@@ -43,6 +51,10 @@ _NOISE: WeakKeyDictionary[DiffusionModel, dict[Any, Any]] = WeakKeyDictionary()
 """The noise of the last picture of each model, which every run of an experiment begins at."""
 
 _SAID = 5
+_OURS = {
+    *("prompt", "seed", "num_inference_steps", "guidance_scale", "generator", "latents"),
+    *("capture", "interventions", "listener"),
+}
 
 
 class Experiment(BaseModel):
@@ -141,6 +153,14 @@ class Experiment(BaseModel):
                 f"{self.source_from} has that run's noise; leave one of the two out"
             )
         return self
+
+    @field_validator("arguments")
+    @classmethod
+    def _not_ours(cls, arguments: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        taken = sorted(_OURS & set(arguments))
+        if taken:
+            raise ValueError(f"{', '.join(taken)}: fields of the experiment, or what a run is told besides")
+        return arguments
 
     @model_validator(mode="after")
     def _one_beginning(self) -> Self:

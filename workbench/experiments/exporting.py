@@ -43,6 +43,8 @@ def exported(
     Raises:
         InputError: a standalone script cannot do what the experiment does.
     """
+    if model is not None:
+        experiment.check_weights(model)
     if format == "experiment":
         return experiment.model_dump_json(indent=2) + "\n"
     if format == "standalone":

@@ -26,11 +26,12 @@ parser.add_argument("--out", default="sweep", help="the folder where images and 
 options = parser.parse_args()
 """
 
-OPEN = '''
+OPEN = """
 torch.set_num_threads(THREADS)
 pipeline = DiffusionPipeline.from_pretrained(options.model, revision=REVISION)
+"""
 
-
+GENERATE = '''
 def generate(seed, settings=SETTINGS, pipeline=pipeline, **words):
     """Run the pipeline with the experiment's settings and noise."""
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -55,6 +56,7 @@ class Run:
     def __init__(self):
         self.image = None
         self.predictions = []  # what the scheduler was given, one a step of its own
+        self.results = []  # what it made of them
         self.calls = 0  # of the denoiser
         self.call = None  # the one that goes on
 
@@ -65,7 +67,7 @@ kept = {}  # what runs leave for later ones, by run, place and call
 def pick(value, leaf):
     """Return the tensor of a module's value that a change is about; of several, the only one."""
     for key in leaf:
-        value = value[key]
+        value = list(value.values())[key] if isinstance(value, dict) and isinstance(key, int) else value[key]
     if not isinstance(value, torch.Tensor):
         value = next(each for each in (value.values() if isinstance(value, dict) else value))
     return value
@@ -75,7 +77,9 @@ def put(value, leaf, new):
     """Return the value with that tensor replaced."""
     if not leaf and isinstance(value, torch.Tensor):
         return new
-    key = leaf[0] if leaf else next(iter(value)) if isinstance(value, dict) else 0
+    key = leaf[0] if leaf else 0
+    if isinstance(value, dict) and isinstance(key, int):
+        key = list(value)[key]
     changed = put(value[key], leaf[1:], new)
     if isinstance(value, (tuple, list)):
         return type(value)(changed if i == key else each for i, each in enumerate(value))
@@ -186,10 +190,11 @@ def run(which, settings=SETTINGS, keeps=None, changes=(), after=None, pipeline=p
         made = step(now.predictions[-1], *rest, **named)
         for look in scheduler["output"]:
             made = look(tick, made)
-        return made
+        now.results.append(before.results[tick] if tick < ticks else made)
+        return now.results[-1]
 
     def keep(place, call, value):
-        if call is not None:
+        if call is not None and len(now.predictions) >= ticks:
             kept[(keeps, place, call)] = pick(value, place[2]).clone()
         return value
 
@@ -267,7 +272,7 @@ out = pathlib.Path(options.out)
 out.mkdir(parents=True, exist_ok=True)
 with (out / "cells.csv").open("w", newline="") as file:
     table = csv.writer(file)
-    table.writerow([*AXES, "towards", "difference"])
+    table.writerow([*AXES, "towards", "difference", "image"])
     for number, pair in enumerate(PAIRS):
         kept.clear()
         target = run(pair["target"])
@@ -275,12 +280,13 @@ with (out / "cells.csv").open("w", newline="") as file:
         source = run(pair["source"], keeps="source", **leaves)
         for which in pair["further"]:
             run({"prompt": which[1], "seed": pair["target"]["seed"]}, keeps=which)
-        for labels, of, changed in CELLS:
+        for place, (labels, of, changed) in enumerate(CELLS):
             if of == number:
+                name = f"{place:05}.png"
                 image = run(pair["target"], changes=[CHANGES[each] for each in changed]).image
-                image.save(out / f"{'-'.join(labels)}.png".replace(":", "-"))
+                image.save(out / name)
                 apart = (pixels(image) - pixels(target.image)).abs().mean().item()
-                table.writerow([*labels, towards(image, target.image, source.image), apart])
+                table.writerow([*labels, towards(image, target.image, source.image), apart, name])
                 file.flush()
 '''
 
@@ -304,7 +310,8 @@ def zeroed(change, call, number, value):
     "noise": '''
 def noised(change, call, number, value):
     """Return noise with the mean and deviation of each row."""
-    generator = torch.Generator("cpu").manual_seed(change["seed"] * 1_000_003 + call)
+    seed = change["seed"] * 1_000_003 + change.get("calls_of_steps", {}).get(call, call)
+    generator = torch.Generator("cpu").manual_seed(seed)
     noise = torch.randn(value.shape, generator=generator).to(value)
     over = tuple(range(1, value.ndim))
     return value.mean(over, keepdim=True) + noise * value.std(over, keepdim=True)
@@ -332,9 +339,10 @@ def direction(change):
 
 def steered(change, call, number, value):
     """Return one branch's rows, moved along the direction."""
-    if "direction" not in change:
-        change["direction"] = direction(change)
-    return value + change["direction"].to(value)
+    known = ("direction", id(change))
+    if known not in kept:
+        kept[known] = direction(change)
+    return value + kept[known].to(value)
 ''',
     "module": '''
 def through(change, call, number, value):
@@ -477,7 +485,7 @@ def forced(change, call, handed, rest):
     for index, count in change["calls"][call]:
         width = query.shape[0] // count
         for row in range(index * width, (index + 1) * width):
-            for head in change.get("heads", range(query.shape[1])):
+            for head in [head % query.shape[1] for head in change.get("heads", range(query.shape[1]))]:
                 words = value[row, head * value.shape[1] // query.shape[1], change["keys"]].mean(0)
                 left = others[row, head, image] * (1 - wanted)
                 edited[row, head, image] = (left + wanted * words).to(edited.dtype)

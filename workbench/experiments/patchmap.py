@@ -170,7 +170,8 @@ class PatchMap:
             self._together = goes_together(self.target)
         if len(cells) == 1 or not self._together:
             return [self.compute(row, column, listener).towards for row, column in cells]
-        patches = [self.patch_of(row, column) for row, column in cells]
+        # The window may be changed while they run.
+        name, patches = self.window, [self.patch_of(row, column) for row, column in cells]
         self._provide([patch.site for patch in patches], listener)
         made = [self.experiment.model_copy(update={"interventions": (patch,)}) for patch in patches]
         records = fork_rows(
@@ -182,7 +183,7 @@ class PatchMap:
         target, source = self.target.images[0], self.source.images[0]
         found = [towards(record.images[0], target, source) for record in records]
         for patch, (_, column), value in zip(patches, cells, found, strict=True):
-            self._values[(patch.site, column, self.window)] = value
+            self._values[(patch.site, column, name)] = value
         return found
 
     def _first(self, row: int, column: int) -> int:

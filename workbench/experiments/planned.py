@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -24,11 +25,11 @@ from workbench.experiments.changes import (
 )
 from workbench.experiments.experiment import Experiment
 from workbench.experiments.surveying import Group, Survey
-from workbench.interventions.intervention import BY_HEAD, numbered
+from workbench.interventions.intervention import BY_HEAD
 from workbench.interventions.scale import drawn
 from workbench.models.model import DiffusionModel
 from workbench.tracing.guards import KERNEL_PORTS
-from workbench.tracing.ledger import ALL
+from workbench.tracing.ledger import ALL, Row
 from workbench.tracing.record import Record
 from workbench.tracing.sites import Site, resolve
 from workbench.tracing.structure import Leaf, leaves
@@ -40,6 +41,20 @@ ELSE = "Export this one as a script on the workbench: format='workbench'."
 
 _SCHEDULER = "scheduler.step"
 _PORTS = {"input", "inputs", "output", *KERNEL_PORTS}
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The steps of a run in which changes are said."""
+
+    run: Record
+    start: int
+    end: int
+
+    @property
+    def rows(self) -> list[Row]:
+        """The denoiser's calls in them."""
+        return [row for row in self.run.ledger if self.start <= row.step < self.end]
 
 
 class Planner:
@@ -65,7 +80,11 @@ class Planner:
         self._allow_code = allow_code
 
     def planned(
-        self, sites: Sequence[SiteChange], surveys: Sequence[Survey], run: Record
+        self,
+        sites: Sequence[SiteChange],
+        surveys: Sequence[Survey],
+        run: Record,
+        stretch: tuple[int, int] | None = None,
     ) -> list[dict[str, Any]]:
         """Return the changes of a run: those at sites, then the edits, which see what these left.
 
@@ -73,21 +92,22 @@ class Planner:
             sites: the changes at sites.
             surveys: of the edits of attention.
             run: what has the same calls.
+            stretch: from which step up to which they act; None is all.
 
         Raises:
             InputError: something is changed that plain hooks on modules do not reach.
         """
-        changes = [self._change(each, run) for each in sites]
+        part = _Part(run, *(stretch or (0, self.steps)))
+        changes = [self._change(each, part) for each in sites]
         for survey in surveys:
-            changes += [self._edit(survey.edit, group, run) for group in survey.groups()]
+            changes += [self._edit(survey.edit, group, part) for group in survey.groups()]
         return changes
 
-    def _change(self, change: SiteChange, run: Record) -> dict[str, Any]:
+    def _change(self, change: SiteChange, run: _Part) -> dict[str, Any]:
         plan: dict[str, Any] = {"do": change.kind, "at": [self._place(change.site)]}
         plan["calls"] = Calls(_calls(change, run))
         if change.heads is not None:
-            _, count = self._layer(Site.parse(change.site))
-            plan["heads"] = numbered(change.heads, count, what="heads", site=change.site)
+            plan["heads"] = list(change.heads)
         if change.words is not None or change.tokens is not None:
             plan["tokens"] = self._tokens(change)
         plan |= _partly(change)
@@ -100,6 +120,8 @@ class Planner:
                 plan["from_tokens"] = tokens
         elif isinstance(change, AblateSpec):
             plan |= self._ablation(change, plan["at"], run)
+            if change.how == "noise" and _of_scheduler(change):
+                plan["calls_of_steps"] = {row.tick: row.call for row in run.rows}
         elif isinstance(change, SteerSpec):
             runs = [("prompt", prompt) for pair in change.pairs for prompt in pair]
             plan |= {"runs": runs, "method": change.method, "seen": self._seen(change), "from": plan["at"]}
@@ -110,7 +132,7 @@ class Planner:
             plan |= {name: value for name, value in own.items() if value is not None or name == "arguments"}
         return plan
 
-    def _ablation(self, change: AblateSpec, place: list[Place], run: Record) -> dict[str, Any]:
+    def _ablation(self, change: AblateSpec, place: list[Place], run: _Part) -> dict[str, Any]:
         if change.how == "zero":
             return {"do": "zero"}
         if change.how == "noise":
@@ -121,7 +143,7 @@ class Planner:
             return {"do": "patch", **taken, "runs": [runs[drawn(change.seed, len(runs))]]}
         return {"do": "mean", **taken, "runs": runs}
 
-    def _edit(self, edit: LayerChange, group: Group, run: Record) -> dict[str, Any]:
+    def _edit(self, edit: LayerChange, group: Group, run: _Part) -> dict[str, Any]:
         """Return an edit of attention in layers where it acts alike."""
         calls = {call: rows for call, rows in _calls(edit, run).items() if call in group.calls}
         plan: dict[str, Any] = {
@@ -131,8 +153,7 @@ class Planner:
             "image": group.place.image,
         }
         if edit.heads is not None:
-            _, count = self._layer(Site(group.layers[0], "heads"))
-            plan["heads"] = numbered(edit.heads, count, what="heads", site=group.layers[0])
+            plan["heads"] = list(edit.heads)
         plan |= _partly(edit)
         keys = [list(columns) for columns in group.place.keys]
         if isinstance(edit, ReweightSpec):
@@ -167,14 +188,11 @@ class Planner:
         return (site.path, site.port, leaf, 0 if site.port in KERNEL_PORTS else None)
 
     def _layer(self, site: Site) -> tuple[nn.Module, int]:
-        """Return an attention layer and how many heads a site of it has."""
+        """Return an attention layer, and how many heads it has."""
         model = self.target.model
         assert isinstance(model, DiffusionModel)
         layer = resolve(model.denoisers, site.path)
         assert isinstance(layer, nn.Module)
-        for run in (self.source, self.target):
-            if site.port in KERNEL_PORTS and str(site) in run.captured:
-                return layer, int(run.passages(site)[0].value.shape[1])
         return layer, head_count(layer) or 1
 
     def _leaf(self, site: Site) -> Leaf:
@@ -191,27 +209,18 @@ class Planner:
         return [_passing(self.target, step, branch, _of_scheduler(change))[0] for step in steps]
 
     def _tokens(self, change: SiteChange) -> list[int]:
-        length = self._length(change.site)
         if change.tokens is not None:
-            return numbered(change.tokens, length, what="places", site=change.site)
+            return list(change.tokens)
         assert change.words is not None
-        return list(self.experiment.places(self.target, change.words)(length))
+        return list(self.experiment.places(self.target, change.words)(_length(self.target, change.site)))
 
     def _from_tokens(self, change: PatchSpec) -> list[int] | None:
-        length = self._length(change.captures[0])
         if change.from_tokens is not None:
-            return numbered(change.from_tokens, length, what="places", site=change.captures[0])
+            return list(change.from_tokens)
         words = change.words if change.from_words is None else change.from_words
-        return None if words is None else list(self.experiment.places(self.source, words)(length))
-
-    def _length(self, site: str) -> int:
-        """Return how long the sequence at a site is, from a call of its own if no run kept it."""
-        axis = 2 if Site.parse(site).port in BY_HEAD else 1
-        for run in (self.source, self.target):
-            if site in run.captured:
-                return int(run.passages(site)[0].value.shape[axis])
-        last = self.target.fork(self.steps - 1, capture=[site], interventions=[])
-        return int(last.passages(site)[-1].value.shape[axis])
+        if words is None:
+            return None
+        return list(self.experiment.places(self.source, words)(_length(self.source, change.captures[0])))
 
 
 class Calls(dict[int, list[Any]]):
@@ -230,11 +239,11 @@ class Calls(dict[int, list[Any]]):
         return super().__repr__()
 
 
-def _calls(change: Change, run: Record) -> dict[int, list[tuple[int, int]]]:
+def _calls(change: Change, run: _Part) -> dict[int, list[tuple[int, int]]]:
     """Return for each call of a run the rows that are changed, as (branch, of branches)."""
     chosen: dict[int, list[tuple[int, int]]] = {}
-    for row in run.ledger:
-        if row.step not in change.act(run.ledger.steps):
+    for row in run.rows:
+        if row.step not in change.act(run.run.ledger.steps):
             continue
         if _of_scheduler(change):
             chosen[row.tick] = [(0, 1)]
@@ -243,15 +252,15 @@ def _calls(change: Change, run: Record) -> dict[int, list[tuple[int, int]]]:
     return chosen
 
 
-def _given(change: Any, run: Record, source: Record) -> dict[int, list[tuple[int, int, int]]]:
+def _given(change: Any, run: _Part, source: Record) -> dict[int, list[tuple[int, int, int]]]:
     """Return for each call of a run, and each of its rows, the call of another run and the rows there."""
     early, whole = getattr(change, "from_step", None), _of_scheduler(change)
     calls, found = _calls(change, run), {}
-    for row in run.ledger:
+    for row in run.rows:
         call, given = row.tick if whole else row.call, []
         for index, _ in calls.get(call, ()):
             branch = ALL if whole else row.branches[index]
-            own = [each for each, _, _ in _passing(run, row.step, branch, whole)]
+            own = [each for each, _, _ in _passing(run.run, row.step, branch, whole)]
             nth = 0 if early is not None else own.index(call)
             given.append(_passing(source, row.step if early is None else early, branch, whole)[nth])
         if given:
@@ -278,3 +287,10 @@ def _passing(run: Record, step: int, branch: str, whole: bool) -> list[tuple[int
         (row.call, 0, 1) if branch == ALL else (row.call, row.branches.index(branch), len(row.branches))
         for row in rows
     ]
+
+
+def _length(run: Record, site: str) -> int:
+    """Return how long the sequence at a site is in a run, from a call of its own if it did not keep it."""
+    if site not in run.captured:
+        run = run.fork(run.ledger.steps - 1, capture=[site], interventions=[])
+    return int(run.passages(site)[-1].value.shape[2 if Site.parse(site).port in BY_HEAD else 1])

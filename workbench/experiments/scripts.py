@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from workbench.experiments.changes import AnySpec, Change, ModuleSpec, PatchSpec, TurnSpec
 from workbench.experiments.experiment import CARRIED, Experiment
+from workbench.experiments.opening import Opening
 from workbench.models.loop import Loop
 from workbench.models.model import DiffusionModel
 from workbench.tracing.ledger import ALL
@@ -86,7 +87,8 @@ def _is_plain(experiment: Experiment) -> bool:
 def _as_data(experiment: Experiment, model: DiffusionModel | None, *, allow_code: bool) -> str:
     given = said(experiment)
     fields = [f"    {name}={literal(value, 4)}," for name, value in given.items()]
-    arguments = [] if experiment.model else ["model"]
+    opened = experiment.model and (model is None or Opening.of(model) == Opening())
+    arguments = [] if opened else ["model"]
     if any(isinstance(each, ModuleSpec) for each in experiment.every_change()):
         # Whoever only reads the file of an experiment has not agreed to what it imports.
         arguments += ["allow_code=True"] if allow_code else []
@@ -94,7 +96,7 @@ def _as_data(experiment: Experiment, model: DiffusionModel | None, *, allow_code
     lines = [
         "import workbench as wb",
         "",
-        *([] if experiment.model else _opening(experiment, model)),
+        *([] if opened else _opening(experiment, model)),
         "experiment = wb.Experiment(",
         *fields,
         ")",
@@ -140,10 +142,26 @@ _WIDTH = 80
 def _opening(experiment: Experiment, model: DiffusionModel | None) -> list[str]:
     loop = None if model is None else model.pipeline
     if not isinstance(loop, Loop):
-        return [f"model = wb.DiffusionModel({repr(experiment.model) if experiment.model else 'pipeline'})"]
+        return _opened(repr(experiment.model) if experiment.model else "pipeline", model)
     asked = {"samples": loop.samples, "branches": loop.branches}
     further = [f"{name}={value!r}" for name, value in asked.items() if value is not None]
     return _call("model = wb.trace_loop", [loop.__name__, "components=components", *further])
+
+
+def _opened(reference: str, model: DiffusionModel | None) -> list[str]:
+    """Return the lines that open a model as it is open here."""
+    opening = Opening() if model is None else Opening.of(model)
+    dtype = f", torch_dtype={opening.dtype}" if opening.dtype else ""
+    lines = ["import torch", ""] if opening.dtype else []
+    if opening.scheduler is not None:
+        lines += [f"from diffusers import {opening.scheduler[0]}", ""]
+    lines.append(f"model = wb.DiffusionModel({reference}{dtype})")
+    if opening.device:
+        lines.append(f"model.to({opening.device!r})")
+    if opening.scheduler is not None:
+        name, config = opening.scheduler
+        lines.append(f"model.pipeline.scheduler = {name}.from_config({literal(config)})")
+    return lines
 
 
 def _call(function: str, arguments: Sequence[str]) -> list[str]:

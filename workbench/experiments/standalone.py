@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from workbench import zoo
 from workbench.errors import InputError
 from workbench.experiments import machine
 from workbench.experiments.branching import Fork, rerun
-from workbench.experiments.changes import LayerChange, Runs, SiteChange, TurnSpec
+from workbench.experiments.changes import Change, SiteChange, TurnSpec
 from workbench.experiments.experiment import Experiment
+from workbench.experiments.opening import Opening
 from workbench.experiments.planned import ELSE, Planner
 from workbench.experiments.scripts import Code, literal
 from workbench.experiments.surveying import Survey
@@ -47,44 +49,36 @@ def standalone_code(
     """
     if experiment.picture is not None:
         raise InputError(f"A standalone script finds no noise for a picture. {ELSE}")
+    if target.ledger[0].samples not in (None, 1):
+        raise InputError(f"A standalone script makes one image, not {target.ledger[0].samples}. {ELSE}")
     if experiment.acting(target.ledger.steps) or experiment.forks:
         parts = _Plan(experiment, source, target, allow_code).parts()
     else:
-        parts = [head_code(), constants_code(experiment), machine.ONE_IMAGE, machine.OPEN, machine.PLAIN]
+        parts = [
+            head_code(),
+            constants_code(experiment),
+            machine.ONE_IMAGE,
+            opening_code(target.model),
+            machine.PLAIN,
+        ]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
 @dataclass(frozen=True)
-class _Branch:
-    """One of the script's runs: the name it goes by, what it changes, and what it tells the pipeline.
+class _Stretch:
+    """Steps of a run under the same arguments, which a script runs at a time.
 
     Attributes:
-        name: the variable that holds it.
-        sites: the changes at sites.
-        surveys: of the edits of attention.
+        start: the first of them.
+        end: the first that is not.
         told: arguments of the pipeline that are its own.
-        run: with these arguments and surveys, but without the changes: it has the same calls.
+        run: with these arguments, but without the changes: it has the same calls.
     """
 
-    name: str
-    sites: tuple[SiteChange, ...]
-    surveys: tuple[Survey, ...]
+    start: int
+    end: int
     told: Mapping[str, Any]
     run: Record
-
-    def joined(self, acting: Sequence[Any], runs: Runs, step: int | None = None) -> _Branch:
-        """Return the run with more that acts in it, from a step on."""
-        surveys = tuple(Survey.of(each) for each in acting if isinstance(each, LayerChange))
-        sites = tuple(each for each in acting if isinstance(each, SiteChange))
-        run, before = self.run, self.run.spec.interventions
-        if surveys or step is not None:
-            run = rerun(run, surveys, runs, before, start=step)
-        return replace(self, sites=(*self.sites, *sites), surveys=(*self.surveys, *surveys), run=run)
-
-    def turned(self, turn: TurnSpec, runs: Runs) -> _Branch:
-        """Return the run with other arguments from a step on."""
-        run = rerun(self.run, [turn], runs, self.run.spec.interventions, start=turn.step)
-        return replace(self, told={**self.told, **turn.changes()}, run=run)
 
 
 class _Plan:
@@ -97,7 +91,9 @@ class _Plan:
         self.steps = target.ledger.steps
         self._planner = Planner(experiment, source, target, allow_code)
         self.changes: list[dict[str, Any]] = []
-        self._parted = bool(experiment.forks or _turns(experiment.interventions))
+        self._parted = bool(experiment.forks) or any(
+            isinstance(each, TurnSpec) for each in experiment.interventions
+        )
         self._runs = experiment.runs(source, target, allow_code=allow_code)
         self._lines = self._stem()
 
@@ -106,7 +102,7 @@ class _Plan:
         branches = bool(self.experiment.forks)
         running = [*self._before(), *self._lines]
         head = head_code(self.changes, *(["pathlib"] if branches else []))
-        own = [machine.ONE_IMAGE, machine.OPEN, *([machine.BRANCHES] if branches else [])]
+        own = [machine.ONE_IMAGE, opening_code(self.target.model), *([machine.BRANCHES] if branches else [])]
         constants = [constants_code(self.experiment), data_code(self.changes, self._planner.denoisers)]
         return [head, *constants, *own, *machine_code(self.changes), "\n".join(running)]
 
@@ -114,44 +110,63 @@ class _Plan:
 
     def _stem(self) -> list[str]:
         acting = self.experiment.acting(self.steps)
-        branch = _Branch("changed", (), (), {}, self.target).joined(acting, self._runs)
-        lines = [self._running(branch)]
-        for turn in _turns(acting):
-            branch = branch.turned(turn, self._runs)
-            lines.append(self._running(branch, (branch.name, turn.step)))
+        whole = _Stretch(0, self.steps, {}, self.target)
+        lines, last = self._stretches("changed", acting, whole, "")
         lines.append("changed.image.save(options.out)")
-        return lines + self._branches(self.experiment.forks, branch)
+        return lines + self._branches(self.experiment.forks, "changed", acting, last)
 
-    def _branches(self, forks: Sequence[Fork], stem: _Branch) -> list[str]:
+    def _branches(self, forks: Sequence[Fork], left: str, before: Sequence[Any], stem: _Stretch) -> list[str]:
         lines = []
         for number, fork in enumerate(forks):
-            acting = fork.acting(self.steps)
-            name = f"{'branch' if stem.name == 'changed' else stem.name}_{number}"
-            branch = replace(stem, name=name).joined(acting, self._runs, fork.step)
-            left, turns = (stem.name, fork.step), _turns(acting)
-            if not turns or turns[0].step > fork.step:
-                lines.append(self._running(branch, left))
-                left = (name, fork.step)
-            for turn in turns:
-                branch = branch.turned(turn, self._runs)
-                lines.append(self._running(branch, (left[0], turn.step)))
-                left = (name, turn.step)
-            lines.append(f"{name}.image.save(beside({name.replace('_', '-')!r}))")
-            lines += self._branches(fork.forks, branch)
+            name = f"{'branch' if left == 'changed' else left}_{number}"
+            acting = [*(each for each in before if isinstance(each, Change)), *fork.acting(self.steps)]
+            made, last = self._stretches(name, acting, replace(stem, start=fork.step), left)
+            lines += [*made, f"{name}.image.save(beside({name.replace('_', '-')!r}))"]
+            lines += self._branches(fork.forks, name, acting, last)
         return lines
 
-    def _running(self, branch: _Branch, after: tuple[str, int] | None = None) -> str:
+    def _stretches(
+        self, name: str, acting: Sequence[Any], stretch: _Stretch, left: str
+    ) -> tuple[list[str], _Stretch]:
+        """Return the lines of a run, one for each stretch of steps, and the last of these."""
+        turns = [each for each in acting if isinstance(each, TurnSpec)]
+        starts = {stretch.start: None, **{turn.step: turn for turn in turns}}
+        lines = []
+        for start, end in pairwise([*starts, self.steps]):
+            turn, run = starts[start], stretch.run
+            if start >= self.steps:
+                raise InputError(f"The runs have {self.steps} steps; a turn at {start} is in none of them.")
+            sites, surveys = [], []
+            for each in acting:
+                mine = each.within(start, end, self.steps) if isinstance(each, Change) else ()
+                if mine and isinstance(each, SiteChange):
+                    sites.append(each)
+                elif mine:
+                    surveys.append(Survey.of(each.model_copy(update={"steps": mine})))
+            if turn is not None or surveys:
+                run = rerun(run, [*([turn] if turn else []), *surveys], self._runs, start=start)
+            told = {**stretch.told, **({} if turn is None else turn.changes())}
+            stretch = _Stretch(start, self.steps, told, run)
+            numbers = add_all(self.changes, self._planner.planned(sites, surveys, run, (start, end)))
+            lines.append(self._running(name, told, numbers, (left, start) if left else None))
+            left = name
+        return lines, stretch
+
+    def _running(
+        self, name: str, told: Mapping[str, Any], numbers: Sequence[int], after: tuple[str, int] | None
+    ) -> str:
         """Return the line of one run."""
-        words = {name: value for name, value in branch.told.items() if name == "prompt"}
-        rest = {name: value for name, value in branch.told.items() if name != "prompt"}
-        chosen = self._chosen(branch)
+        words = {key: value for key, value in told.items() if key == "prompt"}
+        rest = {key: value for key, value in told.items() if key != "prompt"}
+        every = not self._parted and list(numbers) == list(range(len(numbers)))
+        chosen = "CHANGES" if every else f"[{', '.join(f'CHANGES[{number}]' for number in numbers)}]"
         arguments = [
             f"{{**TARGET, **{words!r}}}" if words else "TARGET",
             *([f"{{**SETTINGS, **{rest!r}}}"] if rest else []),
-            *([f"changes={chosen}"] if chosen else []),
+            *([f"changes={chosen}"] if numbers else []),
             *([f"after={self._after(*after)}"] if after else []),
         ]
-        return f"{branch.name} = run({', '.join(arguments)})"
+        return f"{name} = run({', '.join(arguments)})"
 
     def _before(self) -> list[str]:
         """Return the runs that are taken from."""
@@ -163,7 +178,7 @@ class _Plan:
                 lines.append(f"run({name!r}, keeps={run!r})")
             elif leaving:
                 self._check_alike(leaving)
-                lines.append("target = run(TARGET)  # the source leaves it")
+                lines.append("target = run(TARGET, keeps='source')  # the run that the source leaves")
                 lines.append(f"run(SOURCE, keeps='source', after={self._after('target', leaving)})")
             elif self.experiment.source_model is not None:
                 other = model_code(self.experiment.source_model)
@@ -175,19 +190,7 @@ class _Plan:
 
     def _after(self, name: str, step: int) -> str:
         """Return a run, and how many calls of its scheduler come before a step."""
-        if step >= self.steps:
-            raise InputError(f"The runs have {self.steps} steps; a turn at {step} is in none of them.")
         return f"({name}, {self.target.ledger.at(step)[0].tick})"
-
-    def _chosen(self, branch: _Branch) -> str:
-        """Return the changes of a run as code."""
-        found = self._planner.planned(branch.sites, branch.surveys, branch.run)
-        numbers = add_all(self.changes, found)
-        if not numbers:
-            return ""
-        if numbers == list(range(len(numbers))) and not self._parted:
-            return "CHANGES"
-        return f"[{', '.join(f'CHANGES[{number}]' for number in numbers)}]"
 
     def _check_alike(self, leaving: int) -> None:
         for row in self.target.ledger:
@@ -196,10 +199,6 @@ class _Plan:
                     "The source and the target do not call the denoiser alike, so a script cannot make the "
                     f"one from the other. {ELSE}"
                 )
-
-
-def _turns(acting: Sequence[Any]) -> list[TurnSpec]:
-    return [each for each in acting if isinstance(each, TurnSpec)]
 
 
 def add_all(known: list[dict[str, Any]], changes: Sequence[dict[str, Any]]) -> list[int]:
@@ -219,6 +218,25 @@ def data_code(changes: Sequence[dict[str, Any]], denoisers: Iterable[str]) -> st
         f"DENOISERS = {sorted(denoisers)!r}",
     ]
     return "\n".join(lines)
+
+
+def opening_code(model: Any) -> str:
+    """Return what opens a model as it is open here, and runs it.
+
+    Raises:
+        InputError: it differs from what its reference gives in a way that a few lines do not make again.
+    """
+    opening = Opening.of(model)
+    code = machine.OPEN.rstrip("\n")
+    if opening.dtype:
+        code = code.replace("revision=REVISION)", f"revision=REVISION, torch_dtype={opening.dtype})")
+    if opening.device:
+        code += f"\npipeline.to({opening.device!r})"
+    if opening.scheduler is not None:
+        name, config = opening.scheduler
+        made = f"pipeline.scheduler = {name}.from_config({literal(config)})"
+        code = f"from diffusers import {name}\n{code}\n{made}"
+    return f"{code}\n\n{machine.GENERATE}"
 
 
 def machine_code(changes: Sequence[dict[str, Any]]) -> list[str]:

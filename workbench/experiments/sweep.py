@@ -188,7 +188,7 @@ class Sweep:
         listener: Listener | None = None,
     ) -> list[Result]:
         """Do what `run` does and return the results as they are committed, for which no xarray is needed."""
-        model = DiffusionModel(self.experiment.model) if model is None else model
+        model = self._opened(model)
         sweeper = Sweeper(self, model, progress=progress, listener=listener)
         if folder is None:
             return sweeper.run(None)
@@ -228,7 +228,7 @@ class Sweep:
             **labels: as in `at`.
         """
         index = self._index(labels)
-        model = DiffusionModel(self.experiment.model) if model is None else model
+        model = self._opened(model)
         return Sweeper(self, model).alone(index)
 
     def changes_of(self, index: int, source: Record, target: Record) -> list[Intervention]:
@@ -266,6 +266,11 @@ class Sweep:
         else:
             code = sweepcode.workbench_sweep_code(self)
         return write(as_file(code, Path(path).suffix), path)
+
+    def _opened(self, model: DiffusionModel | None) -> DiffusionModel:
+        opened = self.experiment.open() if model is None else model
+        self.experiment.check_weights(opened)
+        return opened
 
     def _checked(self, point: dict[str, Any], cell: Callable[[dict[str, Any]], Experiment]) -> Experiment:
         made = cell(dict(point))

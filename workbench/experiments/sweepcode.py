@@ -12,7 +12,15 @@ from workbench.experiments.experiment import Experiment
 from workbench.experiments.labelled import label
 from workbench.experiments.planned import Planner
 from workbench.experiments.scripts import literal, said
-from workbench.experiments.standalone import add_all, data_code, head_code, machine_code, runs_of, shared_code
+from workbench.experiments.standalone import (
+    add_all,
+    data_code,
+    head_code,
+    machine_code,
+    opening_code,
+    runs_of,
+    shared_code,
+)
 from workbench.experiments.surveying import Survey
 from workbench.experiments.sweep import Sweep
 from workbench.experiments.sweepplan import pairs_of
@@ -79,7 +87,13 @@ def standalone_sweep_code(
         raise InputError(
             "A standalone script does not corrupt its target. Export the sweep on the workbench."
         )
+    if any(cell.settings() != sweep.experiment.settings() for cell in sweep.cells):
+        raise InputError(
+            "The cells of a standalone script have one guidance and the same arguments. Export the sweep on "
+            "the workbench, or one sweep for each."
+        )
     opened = sweep.experiment.open() if model is None else model
+    sweep.experiment.check_weights(opened)
     changes: list[dict[str, Any]] = []
     cells: list[tuple[Any, ...]] = []
     pairs: dict[int, dict[str, Any]] = {}
@@ -108,7 +122,7 @@ def standalone_sweep_code(
         f"CELLS = {literal(cells)}",
         data_code(changes, denoisers),
         machine.MANY_IMAGES,
-        machine.OPEN,
+        opening_code(opened),
         *machine_code(changes),
         machine.SWEEP,
     ]

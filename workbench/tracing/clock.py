@@ -16,6 +16,7 @@ from workbench.tracing.ledger import Ledger, Row
 from workbench.tracing.rig import Method, Rig
 from workbench.tracing.scheduler_call import SchedulerCall
 from workbench.tracing.stages import Stages
+from workbench.tracing.structure import put
 from workbench.tracing.system import System, told_time
 
 
@@ -41,6 +42,7 @@ class Tick:
 
 
 Guided = Callable[[int, int, torch.Tensor, torch.Tensor], torch.Tensor]
+Left = Callable[[int, int], torch.Tensor | None]
 
 
 class Clock:
@@ -49,7 +51,8 @@ class Clock:
     ``rows`` is how many samples the run makes: a denoiser batch of twice as many holds two guidance
     branches, and ``prompt`` tells which of them has the words. ``started`` is called with each row as the
     denoiser is entered, ``finished`` with the row and what it returned, ``ticked`` with each tick and the
-    latents after it, ``guided`` may replace the prediction that the scheduler is handed with the latents.
+    latents after it, ``guided`` may replace the prediction that the scheduler is handed with the latents, and
+    ``left`` what a step leaves of them.
     """
 
     def __init__(self, system: System, rows: int | None, prompt: Any = None) -> None:
@@ -61,6 +64,7 @@ class Clock:
         self.finished: list[Callable[[Row, Any], None]] = []
         self.ticked: list[Callable[[Tick, torch.Tensor], None]] = []
         self.guided: Guided | None = None
+        self.left: Left | None = None
         self._stages = Stages(system)
         self._branches = Branches(system, rows, prompt, given=system.branches)
         self._tick: Tick | None = None
@@ -172,7 +176,7 @@ class Clock:
         call = SchedulerCall.of(scheduler, args, kwargs)
         return prediction.clean(scheduler, call.model_output, call.sample, call.timestep)
 
-    def _tick_ends(self, _: Any, _args: Any, _kwargs: Any, output: Any) -> None:
+    def _tick_ends(self, _: Any, _args: Any, _kwargs: Any, output: Any) -> Any:
         tick, self._tick, self._stepping = self._tick, None, False
         if isinstance(output, torch.Tensor):
             raise InputError(
@@ -181,8 +185,12 @@ class Clock:
             )
         after = output[0] if isinstance(output, tuple) else output.prev_sample
         assert tick is not None
+        left = None if self.left is None else self.left(tick.index, tick.step)
+        if left is not None and not torch.equal(left := left.to(after.device, after.dtype), after):
+            output, after = put(output, (0,), left, site="scheduler.step"), left
         for listener in self.ticked:
             listener(tick, after)
+        return output
 
     def _confirm(self, scheduler: Any, timestep: float) -> None:
         """Write what the scheduler was really stepped with into the rows of this tick."""

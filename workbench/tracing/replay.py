@@ -55,7 +55,7 @@ class Replay:
         """Shadow each denoiser's forward, and hand the scheduler the recorded guided prediction."""
         for module in clock.system.denoisers.values():
             rig.wrap(module, "forward", lambda forward: self._standing_in(clock, forward))
-        clock.guided = self._guided
+        clock.guided, clock.left = self._guided, self._left
 
     def passages(self, site: Site) -> list[Passage]:
         """Return what the repeated steps left at ``site``, if the recorded run kept all of it."""
@@ -107,6 +107,10 @@ class Replay:
                 "A fork keeps the size and the number of samples."
             )
         return recorded.to(computed.device, computed.dtype)
+
+    def _left(self, tick: int, step: int) -> torch.Tensor | None:
+        """Return the latents that a repeated step left: an edit may have changed what the scheduler made."""
+        return self.record.ticks[tick]["latents"] if step < self.until else None
 
 
 def _batch(output: Any) -> int:

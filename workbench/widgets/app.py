@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from pydantic import ValidationError
+from traitlets import TraitError
 
 from workbench.errors import BusyError, InputError, RunStopped, UnknownNameError, WorkbenchError, nearest
 from workbench.experiments.experiment import Experiment, defaults
@@ -30,6 +31,9 @@ from workbench.widgets.screen import Screen
 from workbench.widgets.scrubber import StepScrubber
 from workbench.widgets.stage import Pair, Stage
 from workbench.widgets.views import component_tree
+
+_KEPT = {"picture", "revision", "source_model", "weights"}
+"""What an experiment that was opened says and no control shows: further runs keep it."""
 
 _GROUP_SECONDS = 4.0
 """About how long a run may take that a click on the map waits for, in runs of one sample."""
@@ -73,7 +77,7 @@ class Workbench:
         self.model = model if isinstance(model, DiffusionModel) else DiffusionModel(model)
         self._arguments = arguments
         self._allow_code = False
-        self._picture: str | None = None
+        self._loaded: Experiment | None = None
         self._stage = Stage(self.model)
         self._worker = Worker("workbench")
         self._pair: Pair | None = None
@@ -175,13 +179,8 @@ class Workbench:
                 "an app of its own: Workbench.open(…)."
             )
         self._check_free()
-        settings = {"steps": wanted.num_inference_steps, "guidance": wanted.guidance_scale}
-        shown = {name: getattr(wanted, name) for name in ("source", "target", "seed", "source_seed")}
-        with self.controls.hold_sync():
-            for name, value in (settings | shown | {"source_from": wanted.source_from}).items():
-                if value is not None or name == "source_seed":
-                    setattr(self.controls, name, value)
-        self._arguments, self._picture = dict(wanted.arguments), wanted.picture
+        self._show(wanted)
+        self._loaded = wanted.plain()
         self._worker.stop()
         self._screen.say("running", forget=True)
         return self._submit("run", lambda job: self._run_experiment(job, wanted, allow_code))
@@ -264,7 +263,9 @@ class Workbench:
         runs = None if pair is None else (pair.source, pair.target)
 
         def work(_: Job | None) -> Path:
-            text = exported(experiment, format, self.model, runs=runs, allow_code=self._allow_code)
+            text = exported(
+                experiment, format, self.model, runs=runs, allow_code=self._allow_code, suffix=path.suffix
+            )
             self.code.status = f"saved to {write(text, path)}"
             return path
 
@@ -430,10 +431,36 @@ class Workbench:
         """Width and height of the images, once there is one."""
         return None if self._pair is None else self._pair.target.images[0].size
 
+    def _show(self, experiment: Experiment) -> None:
+        """Show an experiment's settings in the controls, all of them or none.
+
+        Raises:
+            InputError: one is beyond what the controls can show.
+        """
+        own = defaults(self.model)
+        given = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
+        wanted = {ours: getattr(experiment, name) or own.get(name) for ours, name in given.items()}
+        if experiment.guidance_scale is not None:
+            wanted["guidance"] = experiment.guidance_scale
+        wanted |= {name: getattr(experiment, name) for name in ("source", "target", "seed", "source_from")}
+        wanted = {name: value for name, value in wanted.items() if value is not None}
+        wanted["source_seed"] = experiment.source_seed
+        before = {name: getattr(self.controls, name) for name in wanted}
+        with self.controls.hold_sync():
+            try:
+                for name, value in wanted.items():
+                    setattr(self.controls, name, value)
+            except TraitError as error:
+                for name, value in before.items():
+                    setattr(self.controls, name, value)
+                raise InputError(f"The app cannot show this experiment: {error}") from error
+
     def _asked(self) -> Experiment:
-        controls = self.controls
+        controls, loaded = self.controls, self._loaded
+        kept = {} if loaded is None else loaded.model_dump(include=_KEPT)
         try:
             return Experiment(
+                **kept,
                 model=self.model.reference,
                 source=controls.source if controls.can_prompt else None,
                 target=controls.target if controls.can_prompt else None,
@@ -441,8 +468,7 @@ class Workbench:
                 source_seed=controls.source_seed,
                 num_inference_steps=controls.steps if controls.can_step else None,
                 guidance_scale=controls.guidance if controls.can_guide else None,
-                arguments=self._arguments,
-                picture=self._picture,
+                arguments=self._arguments if loaded is None else loaded.arguments,
                 source_from=controls.source_from,
             )
         except ValidationError as error:
