@@ -321,8 +321,10 @@ def test_a_script_opens_the_model_as_it_is_open_here(tmp_path, scripts):
     assert outcome.patched.images[0].tobytes() != scripts["sd1"].outcome.patched.images[0].tobytes()
     experiment.export(tmp_path / "alone.py", model=model)
     experiment.export(tmp_path / "with.py", "workbench", model=model)
-    alone = "import runpy, sys\nsys.modules['workbench'] = None\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0])\n"
-    run_python(alone, tmp_path / "alone.py", "--out", tmp_path / "alone.png")
+    alone = "import runpy, sys; sys.modules['workbench'] = None; sys.argv = sys.argv[1:]"
+    run_python(
+        f"{alone}; runpy.run_path(sys.argv[0])", tmp_path / "alone.py", "--out", tmp_path / "alone.png"
+    )
     beside = "import runpy, sys\nrunpy.run_path(sys.argv[1])['patched'].images[0].save(sys.argv[2])\n"
     run_python(beside, tmp_path / "with.py", tmp_path / "with.png")
     for name in ("alone", "with"):

@@ -65,8 +65,8 @@ def test_standalone_script_makes_each_cell(model, tmp_path):
         assert {name: row[name] for name in point} == {name: str(value) for name, value in point.items()}
     for index in (0, 5, 15):
         cell = sweep.run_at(model, **sweep.points[index])
-        name = "-".join(str(value) for value in sweep.points[index].values())
-        assert Image.open(tmp_path / "cells" / f"{name}.png").tobytes() == cell.images[0].tobytes()
+        name = next(row["image"] for row in table if _order(sweep)(row) == index)
+        assert Image.open(tmp_path / "cells" / name).tobytes() == cell.images[0].tobytes()
     found = sweep.measure(model)
     mine = [float(row["towards"]) for row in sorted(table, key=_order(sweep))]
     of = {each.cell: each.values["towards"] for each in found if each.kind == "cell"}

@@ -51,10 +51,7 @@ _NOISE: WeakKeyDictionary[DiffusionModel, dict[Any, Any]] = WeakKeyDictionary()
 """The noise of the last picture of each model, which every run of an experiment begins at."""
 
 _SAID = 5
-_OURS = {
-    *("prompt", "seed", "num_inference_steps", "guidance_scale", "generator", "latents"),
-    *("capture", "interventions", "listener"),
-}
+_OURS = {"prompt", "seed", "generator", "latents", "capture", "interventions", "listener"}
 
 
 class Experiment(BaseModel):
@@ -212,7 +209,7 @@ class Experiment(BaseModel):
         shared = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
         return {**{name: value for name, value in shared.items() if value is not None}, **self.arguments}
 
-    def told(self, model: DiffusionModel) -> dict[str, Any]:
+    def told(self, model: DiffusionModel, listener: Listener | None = None) -> dict[str, Any]:
         """Return the pipeline arguments that both runs share, with the noise of a picture if there is one.
 
         Raises:
@@ -233,7 +230,7 @@ class Experiment(BaseModel):
             known.clear()
             # Guidance cannot be run backwards well, and is left out on the way there.
             plain = {name: value for name, value in settings.items() if name != "guidance_scale"}
-            known[key] = invert(model, picture, self.source, **plain).latents
+            known[key] = invert(model, picture, self.source, listener=listener, **plain).latents
         return {**settings, "latents": known[key]}
 
     @property
@@ -384,7 +381,7 @@ class Experiment(BaseModel):
         self, model: DiffusionModel, *, capture: tuple[Captured, ...] = (), listener: Listener | None = None
     ) -> Record:
         """Run the target alone."""
-        settings = {**self.told(model), "seed": self.seed, "listener": listener}
+        settings = {**self.told(model, listener), "seed": self.seed, "listener": listener}
         return model.record(self.target, capture=capture, **settings)
 
     def run_source(
@@ -408,7 +405,7 @@ class Experiment(BaseModel):
                 )
             return target.fork(self.source_from, prompt=self.source, capture=capture, listener=listener)
         seed = self.seed if self.source_seed is None else self.source_seed
-        settings = {**self.told(model), "seed": seed, "listener": listener}
+        settings = {**self.told(model, listener), "seed": seed, "listener": listener}
         other = model if self.source_model is None else DiffusionModel(self.source_model)
         return other.record(self.source, capture=capture, **settings)
 

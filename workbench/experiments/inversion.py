@@ -19,7 +19,8 @@ from workbench.errors import GuardError, InputError
 from workbench.models import arguments as checks
 from workbench.models.model import DiffusionModel
 from workbench.tracing.record import Record
-from workbench.tracing.structure import describe, leaves
+from workbench.tracing.session import Listener
+from workbench.tracing.structure import describe, leaves, map_tensors
 
 _CLOSE = 1e-4
 _LOST, _REMEMBERED = 1e3, 6
@@ -50,6 +51,7 @@ def invert(
     *,
     iterations: int = 30,
     tolerance: float = 1e-5,
+    listener: Listener | None = None,
     **arguments: Any,
 ) -> Inversion:
     """Return the noise that a picture comes from.
@@ -61,6 +63,7 @@ def invert(
         prompt: what is in it; the better it says so, the better the noise.
         iterations: at most so many calls of the denoiser a step.
         tolerance: how close each step must come, of the largest latent, to be done with fewer.
+        listener: told of each call of the denoiser; an exception it raises ends the search.
         **arguments: the pipeline's own, such as ``num_inference_steps``; without guidance, which cannot be
             run backwards well, unless ``guidance_scale`` is given.
 
@@ -87,7 +90,7 @@ def invert(
         )
     if checks.takes(model.pipeline, "guidance_scale"):
         arguments = {"guidance_scale": 1.0, **arguments}
-    sampler = _Sampler(model, prompt, arguments)
+    sampler = _Sampler(model, prompt, arguments, listener)
     resized = picture.convert("RGB").resize(sampler.size, Image.Resampling.LANCZOS)
     with torch.no_grad():
         latents, residual = sampler.encode(resized), 0.0
@@ -95,7 +98,7 @@ def invert(
             latents, missed = sampler.before(step, latents, iterations, tolerance)
             residual = max(residual, missed)
     given = latents / sampler.first_scale
-    record = model.record(prompt, latents=given, **arguments)
+    record = model.record(prompt, latents=given, listener=listener, **arguments)
     assert record.initial is not None
     if not torch.allclose(record.initial.to(latents), latents, atol=_CLOSE * float(latents.abs().max())):
         raise GuardError(
@@ -108,10 +111,13 @@ def invert(
 class _Sampler:
     """One run's sampler, step by step, for any latents."""
 
-    def __init__(self, model: DiffusionModel, prompt: Any, arguments: dict[str, Any]) -> None:
+    def __init__(
+        self, model: DiffusionModel, prompt: Any, arguments: dict[str, Any], listener: Listener | None
+    ) -> None:
         self._model = model
+        self._listener = listener
         sites = [f"{name}:{port}" for name in model.denoisers for port in ("inputs", "output")]
-        self._run = model.record(prompt, seed=0, capture=sites, **arguments)
+        self._run = model.record(prompt, seed=0, capture=sites, listener=listener, **arguments)
         self.size = self._run.images[0].size
         self.steps = len(self._run.ticks)
         self._scheduler = copy.deepcopy(model.pipeline.scheduler)
@@ -167,9 +173,12 @@ class _Sampler:
     def _forward(self, step: int, latents: torch.Tensor) -> torch.Tensor:
         """Return what a step makes of latents."""
         row = self._run.ledger[step]
+        if self._listener is not None:
+            self._listener.started(row)
         denoiser = self._model.denoisers[row.component]
         args, kwargs = self._run.passages(f"{row.component}:inputs")[step].value
-        named = by_name(denoiser, args, kwargs)
+        device = next(denoiser.parameters()).device
+        named = map_tensors(by_name(denoiser, args, kwargs), lambda tensor: tensor.to(device))
         scaled = self._scaled(step, latents)
         output = denoiser(**{**named, _name(named): scaled.to(named[_name(named)])})
         return self._stepped(step, next(tensor for _, tensor in leaves(output)), latents)
