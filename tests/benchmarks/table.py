@@ -58,6 +58,13 @@ def ratio(seconds: Mapping[str, Sequence[float]], name: str, beside: str) -> str
     return f"× {np.median(each):.3f} ({low:.3f} to {high:.3f})"
 
 
+def bounded(seconds: Mapping[str, Sequence[float]], name: str, beside: str, bound: float, why: str) -> str:
+    """Spell a ratio beside its bound; one that misses it says by how much, and why."""
+    missed = median([one / other for one, other in zip(seconds[name], seconds[beside], strict=True)]) - bound
+    told = ratio(seconds, name, beside)
+    return f"{told}, {missed:.3f} above the bound: {why}" if missed > 0 else told
+
+
 def milliseconds(seconds: Sequence[float]) -> str:
     """Spell a median time."""
     return f"{1000 * median(seconds):.0f} ms"

@@ -21,23 +21,25 @@ SHIPPED = [name for name in PLACES if name in zoo.models()]
 COUNT = 2 * len(KINDS) * len(PLACES)
 FEW = (4, 7, 10, 15, 16, 18)
 STANDALONE = """
-import runpy, sys
+import pathlib, runpy, sys
 sys.modules["workbench"] = None
-sys.argv = [sys.argv[1], "--out", sys.argv[2]]
-runpy.run_path(sys.argv[0], run_name="__main__")
+for folder in sys.argv[1:]:
+    sys.argv = [f"{folder}/script.py", "--out", f"{folder}/image.png"]
+    runpy.run_path(sys.argv[0], run_name="__main__")
 assert not [name for name in sys.modules if name.startswith("workbench.")]
 """
 WORKBENCH = """
 import pathlib, runpy, sys
-names = runpy.run_path(sys.argv[1])
-outcome, out = names.get("outcome"), pathlib.Path(sys.argv[2])
-patched = names["patched"] if outcome is None else outcome.patched
-patched.images[0].save(out)
-def save(branches, stem):
+def save(branches, out, stem):
     for number, branch in enumerate(branches):
-        branch.record.images[0].save(out.with_name(f"{stem}-{number}.png"))
-        save(branch.branches, f"{stem}-{number}")
-save([] if outcome is None else outcome.branches, f"{out.stem}-branch")
+        branch.record.images[0].save(out / f"{stem}-{number}.png")
+        save(branch.branches, out, f"{stem}-{number}")
+for folder in map(pathlib.Path, sys.argv[1:]):
+    names = runpy.run_path(folder / "script.py")
+    outcome = names.get("outcome")
+    patched = names["patched"] if outcome is None else outcome.patched
+    patched.images[0].save(folder / "image.png")
+    save([] if outcome is None else outcome.branches, folder, "image-branch")
 """
 
 
@@ -47,24 +49,32 @@ def models():
 
 
 @pytest.mark.parametrize(
-    "number", [*FEW, *(pytest.param(each, marks=pytest.mark.soak) for each in range(COUNT))]
+    "numbers",
+    [FEW, *(pytest.param((each,), marks=pytest.mark.soak) for each in range(COUNT))],
+    ids=lambda numbers: "-".join(map(str, numbers)),
 )
-def test_both_scripts_make_the_experiment_s_bytes(models, tmp_path, number):
-    drawn = experiment(number)
-    outcome = drawn.run(models[drawn.model], allow_code=True)
-    expected = {"image": outcome.patched.images[0], **_named(outcome.branches, "image-branch")}
-    assert expected["image"].tobytes() != outcome.target.images[0].tobytes()
-    codes = {
-        STANDALONE: standalone_code(drawn, outcome.source, outcome.target, allow_code=True),
-        WORKBENCH: workbench_code(drawn, allow_code=True),
-    }
-    for number, (runner, code) in enumerate(codes.items()):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        (folder / "script.py").write_text(code, encoding="utf-8")
-        _run(runner, folder / "script.py", folder / "image.png")
-        found = {path.stem: Image.open(path).tobytes() for path in folder.glob("*.png")}
-        assert found == {name: image.tobytes() for name, image in expected.items()}
+def test_both_scripts_make_the_experiments_bytes(models, tmp_path, numbers):
+    expected, folders = {}, {STANDALONE: [], WORKBENCH: []}
+    for number in numbers:
+        drawn = experiment(number)
+        outcome = drawn.run(models[drawn.model], allow_code=True)
+        assert outcome.patched.images[0].tobytes() != outcome.target.images[0].tobytes()
+        images = {"image": outcome.patched.images[0], **_named(outcome.branches, "image-branch")}
+        codes = {
+            STANDALONE: standalone_code(drawn, outcome.source, outcome.target, allow_code=True),
+            WORKBENCH: workbench_code(drawn, allow_code=True),
+        }
+        for kind, (runner, code) in enumerate(codes.items()):
+            folder = tmp_path / f"{number}-{kind}"
+            folder.mkdir()
+            (folder / "script.py").write_text(code, encoding="utf-8")
+            folders[runner].append(folder)
+            expected[folder] = {name: image.tobytes() for name, image in images.items()}
+    for runner, its in folders.items():
+        _run(runner, *its)
+        for folder in its:
+            found = {path.stem: Image.open(path).tobytes() for path in folder.glob("*.png")}
+            assert found == expected[folder], folder.name
 
 
 def _named(branches, stem):
