@@ -70,13 +70,11 @@ class _Stretch:
 
     Attributes:
         start: the first of them.
-        end: the first that is not.
         told: arguments of the pipeline that are its own.
         run: with these arguments, but without the changes: it has the same calls.
     """
 
     start: int
-    end: int
     told: Mapping[str, Any]
     run: Record
 
@@ -110,7 +108,7 @@ class _Plan:
 
     def _stem(self) -> list[str]:
         acting = self.experiment.acting(self.steps)
-        whole = _Stretch(0, self.steps, {}, self.target)
+        whole = _Stretch(0, {}, self.target)
         lines, last = self._stretches("changed", acting, whole, "")
         lines.append("changed.image.save(options.out)")
         return lines + self._branches(self.experiment.forks, "changed", acting, last)
@@ -146,7 +144,7 @@ class _Plan:
             if turn is not None or surveys:
                 run = rerun(run, [*([turn] if turn else []), *surveys], self._runs, start=start)
             told = {**stretch.told, **({} if turn is None else turn.changes())}
-            stretch = _Stretch(start, self.steps, told, run)
+            stretch = _Stretch(start, told, run)
             numbers = add_all(self.changes, self._planner.planned(sites, surveys, run, (start, end)))
             lines.append(self._running(name, told, numbers, (left, start) if left else None))
             left = name
