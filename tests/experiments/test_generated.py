@@ -33,7 +33,7 @@ def save(branches, out, stem):
         branch.record.images[0].save(out / f"{stem}-{number}.png")
         save(branch.branches, out, f"{stem}-{number}")
 for folder in map(pathlib.Path, sys.argv[1:]):
-    names = runpy.run_path(folder / "script.py")
+    names = runpy.run_path(str(folder / "script.py"))
     outcome = names.get("outcome")
     patched = names["patched"] if outcome is None else outcome.patched
     patched.images[0].save(folder / "image.png")
