@@ -13,7 +13,7 @@ from workbench.attention.request import Attention
 from workbench.models.model import DiffusionModel
 
 KERNEL = functional.scaled_dot_product_attention
-"""The kernel itself: while a run looks at attention, something of the workbench stands at its name."""
+"""The kernel itself, whatever stands at its name."""
 
 
 @dataclass

@@ -9,7 +9,7 @@ from torch.nn import functional
 from tests import tiny
 from tests.attention.seen import KERNEL, Kernel, Seen, watched
 from tests.watching import as_bytes, footprint
-from workbench.attention import softmax, tap
+from workbench.attention import softmax
 from workbench.attention.request import Attention
 from workbench.attention.softmax import weights
 from workbench.errors import GuardError, InputError, UnknownNameError
@@ -292,22 +292,3 @@ def test_runs_of_two_models_at_once_see_each_their_own():
         assert each.attention.layers.keys() == alone.attention.layers.keys()
         for path, maps in each.attention.layers.items():
             assert torch.equal(maps, alone.attention.layers[path])
-
-
-def test_a_layer_that_is_known_is_watched_without_a_mode(monkeypatch):
-    entered = []
-    enter = tap._Mode.__enter__
-    monkeypatch.setattr(tap._Mode, "__enter__", lambda mode: entered.append(1) or enter(mode))
-    record = DiffusionModel(tiny.sd1()).record("a red circle", num_inference_steps=5, capture=[Attention()])
-    assert len(entered) == len(record.attention.layers)
-
-
-def test_where_others_stand_at_the_kernel_s_name_the_mode_stays(monkeypatch):
-    asked = {**tiny.CASES["sd1"].arguments, "seed": 0, "capture": [Attention()]}
-    alone = DiffusionModel(tiny.sd1()).record(**asked)
-    mine = lambda *given, **named: KERNEL(*given, **named)  # noqa: E731
-    monkeypatch.setattr(functional, "scaled_dot_product_attention", mine)
-    record = DiffusionModel(tiny.sd1()).record(**asked)
-    assert functional.scaled_dot_product_attention is mine
-    for path, maps in record.attention.layers.items():
-        assert torch.equal(maps, alone.attention.layers[path])

@@ -37,7 +37,6 @@ class Scope:
         batch: how many rows it was given.
         streams: what it was given for image and text, where these are apart.
         calls: how many times it has called the kernel.
-        keys: how many keys it had in its last call.
         masked: whether it masks keys in that call.
         text_asks: whether the text has queries in it, as it has in a mixed sequence but for layers that only
             add its keys to the image's.
@@ -53,7 +52,6 @@ class Scope:
     batch: int | None = None
     streams: tuple[torch.Tensor, torch.Tensor] | None = None
     calls: int = 0
-    keys: int = 0
     masked: bool = False
     text_asks: bool = True
     of_image: bool = True
@@ -62,15 +60,9 @@ class Scope:
         """Whether the layer puts image and text together in a way that is not known here."""
         return not self.mixed and self.text > 0 and queries == keys == self.image + self.text
 
-    @property
-    def alone(self) -> bool:
-        """Whether its last call had the keys of one stream alone, so that no order need be known."""
-        return self.calls == 1 and not self.mixed and self.keys == (self.text or self.image)
-
     def see_call(self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> None:
         """Learn from what is handed to the kernel, each ``(batch, heads, tokens, head_dim)``."""
         self.calls += 1
-        self.keys = key.shape[2]
         self.masked = mask is not None
         if self.image:
             self.mixed = self.mixed and key.shape[2] == self.image + self.text

@@ -1,16 +1,12 @@
 """Taps of attention layers: what goes into the kernel, and out of it, passes by those who change it and look.
 
 A torch function mode sees the call of scaled dot product attention, with the very values that the kernel
-gets. It is on only while a layer computes whose call somebody wants, since it sees every call of torch, which
-costs. Once it is known that a layer calls the kernel by its name in torch, and that nothing else need be seen
-of it, that name is enough: what stands there while runs look hands on all calls but those of watched layers.
+gets. It is on only while a layer computes whose call somebody wants, since it sees every call of torch.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -28,10 +24,6 @@ Handed = dict[str, Any]
 
 PORT, EDIT, LOOK = range(3)
 """The order in which values pass by: ports, then edits as they were given, then those who only look."""
-
-_KERNEL = functional.scaled_dot_product_attention
-_WATCHED: ContextVar[Callable[..., torch.Tensor] | None] = ContextVar("watched", default=None)
-"""What is called in place of the kernel, of the layer that computes now in this thread or coroutine."""
 
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 _TEXT_KEYS = ("add_k_proj", "to_added_qkv", "norm_added_k")
@@ -75,8 +67,6 @@ class Tap:
         self._links: list[_Link] = []
         self._outer: Handed = {}
         self._scope: Scope | None = None
-        self._by_name: set[bool] = set()
-        _SHARED.join(rig)
         rig.wrap(layer, "forward", self._around)
 
     @classmethod
@@ -114,25 +104,10 @@ class Tap:
             if not wanted:
                 return forward(*args, **kwargs)
             self._scope = scope
-            crosses, named = scope.text > 0, False
-
-            def watched(*args: Any, **kwargs: Any) -> torch.Tensor:
-                nonlocal named
-                named = True
-                return _KERNEL(*args, **kwargs) if mode is not None else _shown(scope, wanted, args, kwargs)
-
-            mode = None if crosses in self._by_name and not scope.mixed else _Mode(scope, wanted)
-            token = _WATCHED.set(watched)
             try:
-                if mode is None:
+                with _Mode(scope, wanted):
                     return forward(*args, **kwargs)
-                with mode:
-                    output = forward(*args, **kwargs)
-                if named and scope.alone:
-                    self._by_name.add(crosses)
-                return output
             finally:
-                _WATCHED.reset(token)
                 self._scope = None
 
         return tapped
@@ -148,50 +123,13 @@ class _Mode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is _KERNEL:
-            return _shown(self._scope, self._links, args, kwargs)
+        if func is functional.scaled_dot_product_attention:
+            handed = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
+            self._scope.see_call(handed["query"], handed["key"], handed.get("attn_mask"))
+            return _Chain(self._scope, self._links, func)(**handed)
         if func is torch.cat:
             self._scope.see_cat(args[0] if args else kwargs.get("tensors", ()))
         return func(*args, **kwargs)
-
-
-class _Shared:
-    """Stands at the kernel's name in torch while runs look at attention, of however many models."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._rigs: list[Rig] = []
-
-    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        watched = _WATCHED.get()
-        return _KERNEL(*args, **kwargs) if watched is None else watched(*args, **kwargs)
-
-    def join(self, rig: Rig) -> None:
-        """Stand there until the rig is swept; nowhere if something of others stands there already."""
-        if rig in self._rigs:
-            return
-        rig.undo(partial(self._leave, rig))
-        with self._lock:
-            self._rigs.append(rig)
-            if functional.scaled_dot_product_attention is _KERNEL:
-                functional.scaled_dot_product_attention = self
-
-    def _leave(self, rig: Rig) -> None:
-        with self._lock:
-            if rig in self._rigs:
-                self._rigs.remove(rig)
-            if not self._rigs and functional.scaled_dot_product_attention is self:
-                functional.scaled_dot_product_attention = _KERNEL
-
-
-_SHARED = _Shared()
-
-
-def _shown(scope: Scope, links: list[_Link], args: tuple[Any, ...], kwargs: Handed) -> torch.Tensor:
-    """Return what a call of the kernel gives when it has passed by all who want to see it."""
-    handed = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
-    scope.see_call(handed["query"], handed["key"], handed.get("attn_mask"))
-    return _Chain(scope, links, _KERNEL)(**handed)
 
 
 @dataclass(frozen=True)
