@@ -180,7 +180,7 @@ class Workbench:
             )
         self._check_free()
         self._show(wanted)
-        self._loaded = wanted.plain()
+        self._loaded, self.code.status = wanted.plain(), ""
         self._worker.stop()
         self._screen.say("running", forget=True)
         return self._submit("run", lambda job: self._run_experiment(job, wanted, allow_code))
