@@ -57,6 +57,33 @@ def test_one_row_is_a_fork_to_the_byte(model):
     assert as_bytes(row.latents) == as_bytes(target.fork(2, interventions=[patch]).latents)
 
 
+class Full:
+    """A listener that has memory for so many rows."""
+
+    def __init__(self, rows):
+        self.rows, self.refused = rows, 0
+
+    def started(self, row):
+        if row.samples > self.rows:
+            self.refused += 1
+            raise torch.OutOfMemoryError(f"no room for {row.samples}")
+
+    def ticked(self, tick, latents):
+        pass
+
+
+def test_where_memory_does_not_do_for_all_fewer_go_together(model):
+    source, target = run(model, "a green cross"), run(model)
+    changes = [[Patch(SITE, source=source, steps=step)] for step in (2, 3, 2, 3, 2)]
+    full = Full(2)
+    rows = fork_rows([target] * 5, changes, 2, listener=full)
+    assert full.refused == 2  # of five, and of three
+    alone = [target.fork(2, interventions=own) for own in changes]
+    assert max(apart(row, one) for row, one in zip(rows, alone, strict=True)) <= 1e-5
+    with pytest.raises(torch.OutOfMemoryError):
+        fork_rows([target] * 3, changes[:3], 2, listener=Full(0))
+
+
 def test_edits_of_attention_are_a_rows_own(model):
     target = run(model)
     layer = f"{SITE}.attentions.0.transformer_blocks.0.attn2"
