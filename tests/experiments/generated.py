@@ -152,6 +152,14 @@ def _steer(drawn: random.Random, places: Places, target: str) -> list[dict[str, 
     ]
 
 
+def _corrupt(drawn: random.Random, places: Places, target: str) -> list[dict[str, Any]]:
+    return [{"kind": "corrupt", "seed": drawn.randrange(9), **_where(drawn, places, target)}]
+
+
+def _direction(drawn: random.Random, places: Places, target: str) -> list[dict[str, Any]]:
+    return [{"kind": "steer", "direction": [drawn.choice((-2.0, 0.7))], **_where(drawn, places, target)}]
+
+
 def _module(drawn: random.Random, places: Places, target: str) -> list[dict[str, Any]]:
     here = {"kind": "module", **_where(drawn, places, target)}
     if drawn.random() < 0.5:
@@ -222,7 +230,10 @@ KINDS: dict[str, Callable[..., Any]] = {
     "fork": _fork,
     "noise": _ablate("noise"),
     "resample": _ablate("resample"),
+    "corrupt": _corrupt,
+    "direction": _direction,
 }
-"""What an experiment is about: each kind of intervention, each way to ablate, and a tree of branches."""
+"""What an experiment is about: each kind of intervention, each way to ablate and to steer, and a tree of
+branches."""
 
 assert set(by_kind()) <= {*KINDS, "ablate"}

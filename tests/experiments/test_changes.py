@@ -12,6 +12,7 @@ from tests.watching import as_bytes
 from workbench.errors import InputError, UnknownNameError
 from workbench.experiments.changes import (
     AblateSpec,
+    CorruptSpec,
     ForceMapSpec,
     InjectSpec,
     ModuleSpec,
@@ -33,6 +34,8 @@ EACH = (
     AblateSpec(site=MIDDLE, how="mean", references=("a cross",), strength=0.5),
     ScaleSpec(site=f"{LAYER}:heads", heads=(1,), factor=0.0, branch="cond"),
     SteerSpec(site="unet.conv_in", pairs=(("a red cross", "a cross"),), steps=(1,)),
+    SteerSpec(site="unet.conv_in", direction=torch.tensor([[[0.1]], [[0.2]]]).repeat(4, 1, 1), steps=(2,)),
+    CorruptSpec(words=("circle",), seed=3),
     ModuleSpec(site="unet.conv_out", module="torch:tanh"),
     ModuleSpec(
         site="unet.conv_in", module="tests.experiments.test_changes:Pairs", arguments={}, feature=1, times=0
@@ -78,8 +81,36 @@ def test_every_kind_runs_alone_and_all_of_them_in_order_and_through_json(model, 
     assert turned.arguments["prompt"] == "a red circle"
     assert turned.forked_at == 2
     assert [type(edit).__name__ for edit in turned.interventions] == [
-        *("Patch", "Ablate", "Scale", "Steer", "Attach", "Feature", "Reweight", "InjectAttention", "ForceMap")
+        *("Patch", "Ablate", "Scale", "Steer", "Steer", "Corrupt", "Attach", "Feature", "Reweight"),
+        *("InjectAttention", "ForceMap"),
     ]
+
+
+def test_a_direction_of_ones_own_and_noise_are_what_the_interventions_are(model):
+    target = experiment().run(model).target
+    direction = torch.linspace(-1, 1, 16).reshape(16, 1, 1)
+    steer = SteerSpec(site=MIDDLE, direction=direction, strength=2.0)
+    assert SteerSpec.model_validate_json(steer.model_dump_json()) == steer
+    own = wb.Steer(MIDDLE, direction=direction, strength=2.0)
+    mask = torch.tensor([[0.0, 1.0]])
+    noise = wb.Corrupt("unet.conv_in", slice(1, None), mask=mask, seed=4)
+    pairs = [(steer, own), (CorruptSpec.of(noise, 3), noise), (CorruptSpec.of(wb.Corrupt(), 3), wb.Corrupt())]
+    for change, edit in pairs:
+        assert as_bytes(experiment(change).run(model).patched.latents) == as_bytes(
+            target.fork(0, interventions=[edit]).latents
+        )
+    with pytest.raises(InputError, match="samples"):
+        CorruptSpec.of(wb.Corrupt(samples=1), 3)
+
+
+@pytest.mark.parametrize(
+    "direction", [(), [[]], 1.0, [float("nan")], [[1.0], [1.0, 2.0]], {"a": 1}, ["x"], [1e400]]
+)
+def test_a_direction_that_is_none_is_refused(direction):
+    with pytest.raises(ValidationError, match="direction"):
+        SteerSpec(site=MIDDLE, direction=direction)
+    with pytest.raises(ValidationError, match="one of the two"):
+        SteerSpec(site=MIDDLE, direction=[1.0], pairs=(("a cross", "a circle"),))
 
 
 def test_words_are_the_places_of_their_tokens_in_each_prompt(model):

@@ -73,6 +73,21 @@ def test_standalone_script_makes_each_cell(model, tmp_path):
     assert np.allclose(mine, [of[index] for index in range(16)], atol=0.02)
 
 
+def test_standalone_script_of_a_causal_trace(model, tmp_path):
+    corrupt = [Corrupt(seed=2, strength=1.0, steps=slice(0, 2))]
+    axes = {"site": ["unet.up_blocks.1.attentions.0"], "step": [1, 2], "colour": ["blue"], "seed": [3]}
+    sweep = Sweep(PAIR, axes, corrupt=corrupt, controls=False)
+    sweep.export(tmp_path / "script.py", model=model)
+    run(tmp_path, "script.py", "--out", tmp_path / "cells", workbench=False)
+    with (tmp_path / "cells" / "cells.csv").open() as file:
+        table = list(csv.DictReader(file))
+    plain = model.record(PAIR.target, seed=3, num_inference_steps=3, guidance_scale=2.0).images[0].tobytes()
+    for row, point, result in zip(table, sweep.points, sweep.measure(model), strict=True):
+        image = Image.open(tmp_path / "cells" / row["image"]).tobytes()
+        assert image == sweep.run_at(model, **point).images[0].tobytes() != plain
+        assert float(row["towards"]) == pytest.approx(result.values["towards"], abs=0.02)
+
+
 def _order(sweep):
     names = [tuple(str(value) for value in point.values()) for point in sweep.points]
     return lambda row: names.index(tuple(row[name] for name in sweep.axes))
@@ -93,8 +108,8 @@ def test_workbench_script_is_the_sweep(model, tmp_path):
 
 def test_what_a_script_cannot_do_is_refused_by_name(model, tmp_path):
     axes = {"site": ["unet.mid_block"], "step": [1], "seed": [1], "colour": ["red"]}
-    with pytest.raises(InputError, match="corrupt"):
-        PAIR.sweep(axes, corrupt=[Corrupt()]).export(tmp_path / "x.py", model=model)
+    with pytest.raises(InputError, match="samples"):
+        PAIR.sweep(axes, corrupt=[Corrupt(samples=0)]).export(tmp_path / "x.py", model=model)
     with pytest.raises(InputError, match="functions"):
         PAIR.sweep(axes, metrics=[lambda *_: 0.0]).export(tmp_path / "x.py", "workbench")
     with pytest.raises(UnknownNameError, match="standalone"):

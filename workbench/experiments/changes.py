@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, m
 from workbench.errors import InputError, UnknownNameError
 from workbench.interventions.attach import Attach
 from workbench.interventions.attention import ForceMap, InjectAttention, Reweight
+from workbench.interventions.corrupt import Corrupt
 from workbench.interventions.feature import Feature
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.patch import Patch
@@ -231,20 +232,91 @@ class ScaleSpec(SiteChange):
         return Scale(**self.at(runs), factor=self.factor)
 
 
+class CorruptSpec(SiteChange):
+    """Noise added to an activation, the same in every call, see `workbench.interventions.corrupt.Corrupt`.
+
+    Attributes:
+        site: by default the embedded prompt, as a UNet is handed it.
+        branch: by default the one with the prompt.
+        strength: how large it is, in standard deviations of what is changed.
+        seed: of the noise.
+    """
+
+    kind: Literal["corrupt"] = "corrupt"
+    site: str = Corrupt.site
+    branch: str = Field(default=Corrupt.branch, min_length=1)
+    strength: Finite = Corrupt.strength
+    seed: int = 0
+
+    @classmethod
+    def of(cls, corrupt: Corrupt, steps: int) -> Self:
+        """Return an intervention as data.
+
+        Args:
+            corrupt: the intervention.
+            steps: how many a run has.
+
+        Raises:
+            InputError: it acts on some samples of several, or on places that a function finds.
+        """
+        if corrupt.samples is not None or callable(corrupt.tokens):
+            raise InputError(
+                f"{corrupt} is no data: that has neither samples nor a function for tokens. Give numbers."
+            )
+        chosen, mask = corrupt.steps, corrupt.mask
+        names = ("site", "branch", "heads", "tokens", "strength", "seed")
+        return cls(
+            **{name: getattr(corrupt, name) for name in names},
+            steps=tuple(range(steps)[chosen]) if isinstance(chosen, slice) else chosen,  # type: ignore[arg-type]
+            mask=None if mask is None else mask.tolist(),
+        )
+
+    def bind(self, runs: Runs) -> Corrupt:
+        """Return the intervention."""
+        return Corrupt(**self.at(runs), seed=self.seed)
+
+
 class SteerSpec(SiteChange):
-    """An activation moved along the direction between prompts.
+    """An activation moved along a direction: the one between prompts, or one that is given.
 
     Attributes:
         pairs: of prompts, (towards, away); runs of them with the target's seed give the direction.
         method: ``"mean"`` of the differences, or their first component, ``"pca"``.
+        direction: one's own in their place, nested rows of numbers (or a tensor, kept in float32): of one
+            sample, the value's shape without its rows, or what broadcasts to that.
     """
 
     kind: Literal["steer"] = "steer"
-    pairs: Annotated[tuple[tuple[str, str], ...], Field(min_length=1)]
+    pairs: tuple[tuple[str, str], ...] = ()
     method: Literal["mean", "pca"] = "mean"
+    direction: tuple[Any, ...] | None = None
+
+    @field_validator("direction", mode="before")
+    @classmethod
+    def _numbers(cls, direction: Any) -> tuple[Any, ...] | None:
+        if direction is None:
+            return None
+        try:
+            given = torch.as_tensor(direction, dtype=torch.float32).detach()
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise ValueError(
+                f"a direction is rows of numbers, all of a depth equally long: {error}"
+            ) from error
+        if not given.ndim or not given.numel() or not torch.isfinite(given).all():
+            raise ValueError("a direction has at least one number, and all of them are finite")
+        found: tuple[Any, ...] = _tuples(given.tolist())
+        return found
+
+    @model_validator(mode="after")
+    def _one_direction(self) -> Self:
+        if bool(self.pairs) == (self.direction is not None):
+            raise ValueError("steering takes pairs of prompts or a direction of one's own, one of the two")
+        return self
 
     def bind(self, runs: Runs) -> Steer:
-        """Return the steering, its direction found in runs of the pairs."""
+        """Return the steering, its direction found in runs of the pairs if it is not given."""
+        if self.direction is not None:
+            return Steer(**self.at(runs), direction=torch.tensor(self.direction))
         kept = [self.site]
         sides = [[runs.plain(pair[side], kept) for pair in self.pairs] for side in (0, 1)]
         at = self.at(runs)
@@ -409,6 +481,7 @@ AnySpec = Annotated[
     PatchSpec
     | AblateSpec
     | ScaleSpec
+    | CorruptSpec
     | SteerSpec
     | ModuleSpec
     | ReweightSpec
@@ -435,6 +508,10 @@ def check_order(changes: Sequence[Any]) -> None:
             raise ValueError(
                 f"turns go forward: number {second}, at step {two.step}, comes after that at step {one.step}"
             )
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _choices(change: SiteChange) -> tuple[Any, ...]:

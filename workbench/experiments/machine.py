@@ -278,12 +278,14 @@ with (out / "cells.csv").open("w", newline="") as file:
         target = run(pair["target"])
         leaves = {"after": (target, pair["leaves"])} if "leaves" in pair else {}
         source = run(pair["source"], keeps="source", **leaves)
+        if CORRUPT:
+            target = run(pair["target"], changes=[CHANGES[each] for each in CORRUPT])
         for which in pair["further"]:
             run({"prompt": which[1], "seed": pair["target"]["seed"]}, keeps=which)
         for place, (labels, of, changed) in enumerate(CELLS):
             if of == number:
                 name = f"{place:05}.png"
-                image = run(pair["target"], changes=[CHANGES[each] for each in changed]).image
+                image = run(pair["target"], changes=[CHANGES[each] for each in (*CORRUPT, *changed)]).image
                 image.save(out / name)
                 apart = (pixels(image) - pixels(target.image)).abs().mean().item()
                 table.writerow([*labels, towards(image, target.image, source.image), apart, name])
@@ -316,6 +318,13 @@ def noised(change, call, number, value):
     over = tuple(range(1, value.ndim))
     return value.mean(over, keepdim=True) + noise * value.std(over, keepdim=True)
 ''',
+    "corrupt": '''
+def corrupted(change, call, number, value):
+    """Return one branch's rows with noise of their own size, the same in every call."""
+    generator = torch.Generator("cpu").manual_seed(change["seed"])
+    noise = torch.randn(value.shape[1:], generator=generator).to(value)
+    return value + value.flatten(1).std(1).reshape(-1, *[1] * (value.ndim - 1)) * noise
+''',
     "scale": '''
 def scaled(change, call, number, value):
     """Return one branch's rows, multiplied."""
@@ -323,7 +332,9 @@ def scaled(change, call, number, value):
 ''',
     "steer": '''
 def direction(change):
-    """Return the direction of a steering: from the second to the first of each pair of prompts."""
+    """Return the direction of a steering: the given one, or from the second to the first of the pairs."""
+    if "direction" in change:
+        return torch.tensor(change["direction"])
     place = change["from"][0]
     looked = []
     for run in change["runs"]:
@@ -367,6 +378,7 @@ FUNCTIONS = {
     "mean": "averaged",
     "zero": "zeroed",
     "noise": "noised",
+    "corrupt": "corrupted",
     "scale": "scaled",
     "steer": "steered",
     "module": "through",

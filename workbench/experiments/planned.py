@@ -13,6 +13,7 @@ from workbench.errors import InputError
 from workbench.experiments.changes import (
     AblateSpec,
     Change,
+    CorruptSpec,
     ForceMapSpec,
     InjectSpec,
     LayerChange,
@@ -122,6 +123,10 @@ class Planner:
             plan |= self._ablation(change, plan["at"], run)
             if change.how == "noise" and _of_scheduler(change):
                 plan["calls_of_steps"] = {row.tick: row.call for row in run.rows}
+        elif isinstance(change, CorruptSpec):
+            plan["seed"] = change.seed
+        elif isinstance(change, SteerSpec) and change.direction is not None:
+            plan["direction"] = change.direction
         elif isinstance(change, SteerSpec):
             runs = [("prompt", prompt) for pair in change.pairs for prompt in pair]
             plan |= {"runs": runs, "method": change.method, "seen": self._seen(change), "from": plan["at"]}

@@ -7,7 +7,7 @@ from typing import Any
 from workbench.errors import InputError
 from workbench.experiments import machine
 from workbench.experiments.branching import rerun
-from workbench.experiments.changes import LayerChange, SiteChange
+from workbench.experiments.changes import CorruptSpec, LayerChange, SiteChange
 from workbench.experiments.experiment import Experiment
 from workbench.experiments.labelled import label
 from workbench.experiments.planned import Planner
@@ -80,13 +80,8 @@ def standalone_sweep_code(
         allow_code: whether the script may import what cells name as modules of one's own.
 
     Raises:
-        InputError: the model was built in memory, a cell changes what plain hooks do not reach, or the
-            target is corrupted.
+        InputError: the model was built in memory, or something is changed that plain hooks do not reach.
     """
-    if sweep.corrupt:
-        raise InputError(
-            "A standalone script does not corrupt its target. Export the sweep on the workbench."
-        )
     if any(cell.settings() != sweep.experiment.settings() for cell in sweep.cells):
         raise InputError(
             "The cells of a standalone script have one guidance and the same arguments. Export the sweep on "
@@ -98,10 +93,13 @@ def standalone_sweep_code(
     cells: list[tuple[Any, ...]] = []
     pairs: dict[int, dict[str, Any]] = {}
     planners: dict[tuple[str | None, str | None], Planner] = {}
+    corrupting: list[int] = []
     for point, cell, pair in zip(sweep.points, sweep.cells, pairs_of(sweep.cells), strict=True):
         told = (cell.source, cell.target)
         if told not in planners:
-            planners[told] = _planner(sweep, told, opened, allow_code)
+            planner = planners[told] = _planner(sweep, told, opened, allow_code)
+            own = [CorruptSpec.of(each, planner.steps) for each in sweep.corrupt]
+            corrupting = add_all(changes, planner.planned(own, [], planner.target))
         planner = planners[told]
         planner.experiment = cell
         found = planner.planned(*_acting(cell, planner), planner.target)
@@ -118,6 +116,8 @@ def standalone_sweep_code(
         "\n".join(shared_code(sweep.experiment)),
         f"AXES = {list(sweep.axes)!r}",
         f"PAIRS = {literal(list(pairs.values()))}",
+        "# Changes of every target, which its cells keep.",
+        f"CORRUPT = {corrupting!r}",
         "# Each cell: its place on the axes, its pair of runs, and its changes.",
         f"CELLS = {literal(cells)}",
         data_code(changes, denoisers),
