@@ -76,7 +76,8 @@ def test_the_tour_in_a_browser(tour: Tour) -> None:
     scrubbing_needs_no_kernel(tour)
     a_word_lays_its_attention_over_the_image(tour)
     a_cell_patches(tour)
-    the_exported_script_makes_the_image_on_screen(tour)
+    script = the_exported_script_makes_the_image_on_screen(tour)
+    the_script_opens_in_the_app(tour, script)
     a_bad_prompt_is_said_in_the_app(tour)
     a_run_can_be_stopped(tour)
     tour.notebook.screenshot("tour-light")
@@ -130,7 +131,7 @@ def a_cell_patches(tour: Tour) -> None:
     expect(tour.card("patched").first).to_contain_text("red circle")
 
 
-def the_exported_script_makes_the_image_on_screen(tour: Tour) -> None:
+def the_exported_script_makes_the_image_on_screen(tour: Tour) -> Path:
     tour.app.get_by_role("button", name="Export").click()
     status = tour.app.locator(".code-status")
     expect(status).to_contain_text("saved to", timeout=30_000)
@@ -144,6 +145,21 @@ def the_exported_script_makes_the_image_on_screen(tour: Tour) -> None:
     made, shown = np.asarray(Image.open(out)), np.asarray(Image.open(folder / "on_screen.png"))
     assert made.tobytes() == shown.tobytes()
     assert len(np.unique(made.reshape(-1, 3), axis=0)) > 10
+    return script
+
+
+def the_script_opens_in_the_app(tour: Tour, script: Path) -> None:
+    code = tour.app.get_by_role("region", name="Python code")
+    tour.click_cell(7, 13)
+    expect(code).to_contain_text("unet.mid_block", timeout=60_000)
+    tour.app.get_by_label("Experiment to open").set_input_files(script)
+    expect(code).to_contain_text("transformer_blocks.0.attn2", timeout=60_000)
+    expect(tour.card("patched").first).to_contain_text("red circle")
+    tour.in_kernel(
+        "from PIL import Image\n"
+        "assert bench.patched.images[0].tobytes() == Image.open('on_screen.png').tobytes()"
+    )
+    tour.notebook.screenshot("tour-opened")
 
 
 def a_bad_prompt_is_said_in_the_app(tour: Tour) -> None:
