@@ -7,7 +7,8 @@ import pytest
 
 from workbench.cli.main import main
 from workbench.errors import InputError
-from workbench.experiments.experiment import FORMAT, Experiment
+from workbench.experiments.experiment import Experiment
+from workbench.experiments.spec import FORMAT
 
 WHOLE = {
     "format": FORMAT,

@@ -12,8 +12,9 @@ from typing import Any
 from pydantic import BaseModel
 
 from workbench.experiments.changes import AnySpec, Change, ModuleSpec, PatchSpec, TurnSpec
-from workbench.experiments.experiment import CARRIED, Experiment
+from workbench.experiments.experiment import Experiment
 from workbench.experiments.opening import Opening
+from workbench.experiments.spec import CARRIED
 from workbench.models.loop import Loop
 from workbench.models.model import DiffusionModel
 from workbench.tracing.ledger import ALL

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 import traitlets as t
 from pydantic import Field
 
-from workbench.experiments.experiment import LARGEST
+from workbench.experiments.spec import LARGEST
 from workbench.widgets.element import Element, Message
 from workbench.widgets.static_html import code
 
