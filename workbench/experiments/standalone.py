@@ -17,7 +17,7 @@ import torch
 
 from workbench import zoo
 from workbench.errors import InputError
-from workbench.experiments import machine
+from workbench.experiments import machine, machine_attention
 from workbench.experiments.branching import Fork, rerun
 from workbench.experiments.changes import Change, SiteChange, TurnSpec
 from workbench.experiments.experiment import Experiment
@@ -241,7 +241,7 @@ def machine_code(changes: Sequence[dict[str, Any]]) -> list[str]:
     """Return what makes the changes, part by part: only what they need."""
     kinds = list(dict.fromkeys(each["do"] for each in changes))
     values = [kind for kind in kinds if kind in machine.KINDS]
-    edits = [kind for kind in kinds if kind in machine.EDIT_KINDS]
+    edits = [kind for kind in kinds if kind in machine_attention.EDIT_KINDS]
     ports = {place[1] for each in changes for place in (*each["at"], *each.get("from", ()))}
     parts = [machine.MACHINE]
     if any("mask" in each or each["do"] == "force_map" for each in changes):
@@ -250,9 +250,10 @@ def machine_code(changes: Sequence[dict[str, Any]]) -> list[str]:
         parts.append(machine.TAKEN)
     parts += [machine.KINDS[kind] for kind in values]
     if ports & {"kernel", *KERNEL_PORTS}:
-        parts.append(machine.ATTENTION)
+        parts.append(machine_attention.ATTENTION)
     if edits:
-        parts += [machine.EDITING, *(machine.EDIT_KINDS[kind] for kind in edits)]
+        parts.append(machine_attention.EDITING)
+        parts += [machine_attention.EDIT_KINDS[kind] for kind in edits]
     if values:
         parts.append(f"DO = {literal({kind: Code(machine.FUNCTIONS[kind]) for kind in values})}")
     return parts
