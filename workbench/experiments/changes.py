@@ -268,7 +268,7 @@ class CorruptSpec(SiteChange):
         return cls(
             **{name: getattr(corrupt, name) for name in names},
             steps=tuple(range(steps)[chosen]) if isinstance(chosen, slice) else chosen,  # type: ignore[arg-type]
-            mask=None if mask is None else mask.tolist(),
+            mask=None if mask is None else _tuples(mask.tolist()),
         )
 
     def bind(self, runs: Runs) -> Corrupt:

@@ -6,11 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import ValidationError
-from traitlets import TraitError
-
 from workbench.errors import BusyError, InputError, RunStopped, UnknownNameError, WorkbenchError, nearest
-from workbench.experiments.experiment import Experiment, defaults
+from workbench.experiments.experiment import Experiment
 from workbench.experiments.exporting import FORMATS, exported, free_path, write
 from workbench.experiments.patchmap import Cell
 from workbench.experiments.scripts import workbench_code
@@ -24,16 +21,13 @@ from workbench.tracing.record import Record
 from workbench.tracing.sites import Site
 from workbench.widgets import layout
 from workbench.widgets.code import CodeView
-from workbench.widgets.controls import RunControls
 from workbench.widgets.images import ImageStrip
 from workbench.widgets.patch_map import PatchMap as PatchMapView
 from workbench.widgets.screen import Screen
 from workbench.widgets.scrubber import StepScrubber
+from workbench.widgets.settings import SETTINGS, Settings
 from workbench.widgets.stage import Pair, Stage
 from workbench.widgets.views import component_tree
-
-_KEPT = {"picture", "revision", "source_model", "weights"}
-"""What an experiment that was opened says and no control shows: further runs keep it."""
 
 _GROUP_SECONDS = 4.0
 """About how long a run may take that a click on the map waits for, in runs of one sample."""
@@ -75,18 +69,21 @@ class Workbench:
         **arguments: Any,
     ) -> None:
         self.model = model if isinstance(model, DiffusionModel) else DiffusionModel(model)
-        self._arguments = arguments
         self._allow_code = False
-        self._loaded: Experiment | None = None
         self._stage = Stage(self.model)
         self._worker = Worker("workbench")
         self._pair: Pair | None = None
         self._cell: Cell | None = None
-        self.controls = RunControls(
-            **_about(self.model, source, target),
-            **_numbers(self.model, seed, source_seed, steps, guidance),
+        self._settings = Settings(
+            self.model,
+            prompts=(source, target),
+            seeds=(seed, source_seed),
+            steps=steps,
+            guidance=guidance,
             source_from=source_from,
+            arguments=arguments,
         )
+        self.controls = self._settings.controls
         self.tree = component_tree(self.model)
         self.scrubber = StepScrubber()
         self.map = PatchMapView(window="half")
@@ -128,7 +125,7 @@ class Workbench:
         """
         if self._cell is not None:
             return self._cell.experiment
-        return self._pair.experiment if self._pair is not None else self._asked()
+        return self._pair.experiment if self._pair is not None else self._settings.asked()
 
     @property
     def source(self) -> Record | None:
@@ -153,7 +150,7 @@ class Workbench:
             InputError, UnknownNameError: the settings or prompts cannot be run.
         """
         self._check_free()
-        experiment = self._asked()
+        experiment = self._settings.asked()
         for prompt in (experiment.source, experiment.target):
             words = {} if prompt is None else {"prompt": prompt}
             checks.check(self.model.pipeline, {**words, **experiment.settings()})
@@ -179,8 +176,8 @@ class Workbench:
                 "an app of its own: Workbench.open(…)."
             )
         self._check_free()
-        self._show(wanted)
-        self._loaded, self.code.status = wanted.plain(), ""
+        self._settings.show(wanted)
+        self.code.status = ""
         self._worker.stop()
         self._screen.say("running", forget=True)
         return self._submit("run", lambda job: self._run_experiment(job, wanted, allow_code))
@@ -299,8 +296,7 @@ class Workbench:
         self.map.on("window", self._guarded(lambda asked: self.set_window(asked.value)))
         self.code.on("open", self._guarded(lambda asked: self.load(Experiment.read(asked.text, asked.name))))
         self.code.on("export", self._guarded(lambda asked: self._export_clicked(asked.format)))
-        for name in ("source", "target", "seed", "steps", "guidance", "source_from", "source_seed"):
-            self.controls.observe(lambda _: self._settings_changed(), name)
+        self.controls.observe(lambda _: self._settings_changed(), list(SETTINGS))
 
     def _guarded(self, act: Callable[[Any], Any]) -> Callable[[Any], None]:
         """Show an error of ours in the app instead of losing it in a log."""
@@ -431,52 +427,6 @@ class Workbench:
         """Width and height of the images, once there is one."""
         return None if self._pair is None else self._pair.target.images[0].size
 
-    def _show(self, experiment: Experiment) -> None:
-        """Show an experiment's settings in the controls, all of them or none.
-
-        Raises:
-            InputError: one is beyond what the controls can show.
-        """
-        own = defaults(self.model)
-        given = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
-        wanted = {ours: getattr(experiment, name) or own.get(name) for ours, name in given.items()}
-        if experiment.guidance_scale is not None:
-            wanted["guidance"] = experiment.guidance_scale
-        wanted |= {name: getattr(experiment, name) for name in ("source", "target", "seed", "source_from")}
-        wanted = {name: value for name, value in wanted.items() if value is not None}
-        wanted["source_seed"] = experiment.source_seed
-        before = {name: getattr(self.controls, name) for name in wanted}
-        with self.controls.hold_sync():
-            try:
-                for name, value in wanted.items():
-                    setattr(self.controls, name, value)
-            except TraitError as error:
-                for name, value in before.items():
-                    setattr(self.controls, name, value)
-                raise InputError(f"The app cannot show this experiment: {error}") from error
-
-    def _asked(self) -> Experiment:
-        controls, loaded = self.controls, self._loaded
-        kept = {} if loaded is None else loaded.model_dump(include=_KEPT)
-        try:
-            return Experiment(
-                **kept,
-                model=self.model.reference,
-                source=controls.source if controls.can_prompt else None,
-                target=controls.target if controls.can_prompt else None,
-                seed=controls.seed,
-                source_seed=controls.source_seed,
-                num_inference_steps=controls.steps if controls.can_step else None,
-                guidance_scale=controls.guidance if controls.can_guide else None,
-                arguments=self._arguments if loaded is None else loaded.arguments,
-                source_from=controls.source_from,
-            )
-        except ValidationError as error:
-            first = error.errors()[0]
-            field, why = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
-            what = f"{field} = {first.get('input')!r} cannot be used: {why}." if field else f"{why}."
-            raise InputError(what) from error
-
     def _check_free(self) -> None:
         if self._worker.busy:
             raise BusyError("A run is going on. Stop it first, or wait: bench.stop()")
@@ -485,51 +435,3 @@ class Workbench:
         if self._pair is None:
             raise InputError("There are no runs yet to patch between. Run first: bench.run()")
         return self._pair
-
-
-def _about(model: DiffusionModel, source: str | None, target: str | None) -> dict[str, Any]:
-    """Return what the controls show of a model: its name, and the prompts if it takes any."""
-    can_prompt = checks.takes(model.pipeline, "prompt")
-    given = [prompt for prompt in (source, target) if prompt is not None]
-    if given and not can_prompt:
-        raise InputError(
-            f"{_name(model)} takes no prompt, so {given[0]!r} means nothing to it. Compare two noises: "
-            "Workbench(model, seed=0, source_seed=1)."
-        )
-    return {
-        "model_name": model.reference or _name(model),
-        "scheduler": ", ".join(
-            type(each).__name__.removesuffix("Scheduler") for each in model.schedulers.values()
-        ),
-        "source": ("a red circle" if source is None else source) if can_prompt else "",
-        "target": ("a blue circle" if target is None else target) if can_prompt else "",
-        "can_prompt": can_prompt,
-    }
-
-
-def _name(model: DiffusionModel) -> str:
-    """Return the name of a pipeline's class, or of a loop's function."""
-    return str(getattr(model.pipeline, "__name__", type(model.pipeline).__name__))
-
-
-def _numbers(
-    model: DiffusionModel, seed: int, source_seed: int | None, steps: int | None, guidance: float | None
-) -> dict[str, Any]:
-    """Return the numbers that the controls begin with, the model's own where none are given."""
-    own = defaults(model)
-    for ours, name, given in (
-        ("steps", "num_inference_steps", steps),
-        ("guidance", "guidance_scale", guidance),
-    ):
-        if given is not None and name not in own:
-            raise InputError(f"{_name(model)} takes no {name}, so {ours}={given!r} would do nothing.")
-    guidance = own.get("guidance_scale") if guidance is None else guidance
-    apart = None if checks.takes(model.pipeline, "prompt") else seed + 1
-    return {
-        "seed": seed,
-        "source_seed": apart if source_seed is None else source_seed,
-        "steps": own.get("num_inference_steps") or 20 if steps is None else steps,
-        "guidance": float(guidance or 0.0),
-        "can_guide": "guidance_scale" in own,
-        "can_step": "num_inference_steps" in own,
-    }
