@@ -10,20 +10,16 @@ import workbench as wb
 from tests import tiny
 from tests.watching import as_bytes
 from workbench.errors import InputError, UnknownNameError
-from workbench.experiments.changes import (
+from workbench.experiments.changes import ForceMapSpec, InjectSpec, ReweightSpec, TurnSpec, by_kind
+from workbench.experiments.experiment import Experiment
+from workbench.experiments.site_changes import (
     AblateSpec,
     CorruptSpec,
-    ForceMapSpec,
-    InjectSpec,
     ModuleSpec,
     PatchSpec,
-    ReweightSpec,
     ScaleSpec,
     SteerSpec,
-    TurnSpec,
-    by_kind,
 )
-from workbench.experiments.experiment import Experiment
 from workbench.interventions.scale import Scale
 from workbench.models.model import DiffusionModel
 

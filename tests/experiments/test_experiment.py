@@ -9,8 +9,8 @@ import pytest
 from tests import tiny
 from tests.watching import as_bytes
 from workbench.errors import InputError, WorkbenchError
-from workbench.experiments.changes import PatchSpec
 from workbench.experiments.experiment import Experiment, defaults
+from workbench.experiments.site_changes import PatchSpec
 from workbench.experiments.spec import FORMAT
 from workbench.interventions.patch import Patch
 from workbench.models.model import DiffusionModel

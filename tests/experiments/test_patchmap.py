@@ -8,10 +8,10 @@ import pytest
 from tests import tiny
 from tests.watching import as_bytes, forwards_of
 from workbench.errors import InputError, RunStopped
-from workbench.experiments.changes import PatchSpec
 from workbench.experiments.experiment import Experiment
 from workbench.experiments.metrics import difference, towards
 from workbench.experiments.patchmap import PatchMap
+from workbench.experiments.site_changes import PatchSpec
 from workbench.interventions.patch import Patch
 from workbench.models.model import DiffusionModel
 from workbench.tracing.sites import Site

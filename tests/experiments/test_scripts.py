@@ -17,9 +17,10 @@ from PIL import Image
 
 from tests import tiny
 from workbench.errors import InputError
-from workbench.experiments.changes import AblateSpec, ModuleSpec, PatchSpec, ScaleSpec, SteerSpec, TurnSpec
+from workbench.experiments.changes import TurnSpec
 from workbench.experiments.experiment import Experiment, Outcome
 from workbench.experiments.scripts import workbench_code
+from workbench.experiments.site_changes import AblateSpec, ModuleSpec, PatchSpec, ScaleSpec, SteerSpec
 from workbench.experiments.standalone import standalone_code
 from workbench.models.model import DiffusionModel
 from workbench.tracing.sites import Site

@@ -6,10 +6,10 @@ import pytest
 from tests import tiny
 from tests.watching import as_bytes, forwards_of
 from workbench.errors import InputError, RunStopped, StoreError, UnknownNameError
-from workbench.experiments.changes import PatchSpec
 from workbench.experiments.experiment import Experiment
 from workbench.experiments.measured import RunMetric
 from workbench.experiments.metrics import towards
+from workbench.experiments.site_changes import PatchSpec
 from workbench.experiments.sweep import SEEDS, Sweep
 from workbench.interventions.corrupt import Corrupt
 from workbench.interventions.patch import Patch

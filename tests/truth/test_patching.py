@@ -3,8 +3,8 @@
 import pytest
 from PIL import Image
 
-from workbench.experiments.changes import PatchSpec
 from workbench.experiments.experiment import Experiment
+from workbench.experiments.site_changes import PatchSpec
 from workbench.models.model import DiffusionModel
 from workbench.truth.__main__ import ELSEWHERE, PATCH, STEPS
 from workbench.truth.patching import Rates, colour_rates, has_colour

@@ -17,9 +17,10 @@ from tests import tiny
 from tests.watching import as_bytes, footprint
 from workbench.errors import BusyError, InputError, RunStopped, UnknownNameError, WorkbenchError
 from workbench.experiments.branching import Fork
-from workbench.experiments.changes import PatchSpec, ReweightSpec, ScaleSpec
+from workbench.experiments.changes import ReweightSpec
 from workbench.experiments.experiment import Experiment
 from workbench.experiments.exporting import FORMATS
+from workbench.experiments.site_changes import PatchSpec, ScaleSpec
 from workbench.interventions.patch import Patch
 from workbench.models.model import DiffusionModel
 from workbench.widgets.app import Workbench

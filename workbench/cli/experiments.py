@@ -11,10 +11,10 @@ import numpy as np
 from workbench import zoo
 from workbench.errors import InputError
 from workbench.experiments.branching import named
-from workbench.experiments.changes import PatchSpec
 from workbench.experiments.experiment import Experiment
 from workbench.experiments.exporting import exported, write
 from workbench.experiments.metrics import towards
+from workbench.experiments.site_changes import PatchSpec
 from workbench.experiments.sweep import Sweep
 from workbench.models.folder import read_index
 from workbench.models.model import DiffusionModel

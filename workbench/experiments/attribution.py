@@ -16,8 +16,8 @@ import torch
 from scipy.stats import spearmanr
 
 from workbench.errors import InputError
-from workbench.experiments.changes import PatchSpec
 from workbench.experiments.experiment import Experiment
+from workbench.experiments.site_changes import PatchSpec
 from workbench.experiments.taps import Handed, Measuring, Mixing, Products
 from workbench.experiments.windows import window as steps_of
 from workbench.tracing.capture import Capture

@@ -9,7 +9,8 @@ from typing import Any, Literal, Self
 from pydantic import model_validator
 
 from workbench.errors import InputError
-from workbench.experiments.changes import AnySpec, Runs, TurnSpec, check_order
+from workbench.experiments.change import Runs
+from workbench.experiments.changes import AnySpec, TurnSpec, check_order
 from workbench.tracing.record import Record
 from workbench.tracing.session import Listener
 

@@ -15,7 +15,8 @@ from workbench import zoo
 from workbench.attention.words import find, words_of
 from workbench.errors import InputError, UnknownNameError, nearest
 from workbench.experiments.branching import Branch, Fork, rerun
-from workbench.experiments.changes import Runs, TurnSpec
+from workbench.experiments.change import Runs
+from workbench.experiments.changes import TurnSpec
 from workbench.experiments.inversion import invert
 from workbench.experiments.spec import ExperimentSpec
 from workbench.experiments.texts import readings

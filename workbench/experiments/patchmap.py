@@ -11,9 +11,9 @@ from PIL import Image
 
 from workbench.errors import InputError
 from workbench.experiments.branching import Branch
-from workbench.experiments.changes import PatchSpec
 from workbench.experiments.experiment import Experiment
 from workbench.experiments.metrics import difference, towards
+from workbench.experiments.site_changes import PatchSpec
 from workbench.experiments.together import ROWS, evenly, fork_rows, goes_together
 from workbench.experiments.windows import WINDOWS, window
 from workbench.tracing.record import Record

@@ -10,21 +10,17 @@ from torch import nn
 
 from workbench.attention.heads import head_count, projection_path
 from workbench.errors import InputError
-from workbench.experiments.changes import (
+from workbench.experiments.change import Change, LayerChange, SiteChange
+from workbench.experiments.changes import ForceMapSpec, InjectSpec, ReweightSpec
+from workbench.experiments.experiment import Experiment
+from workbench.experiments.site_changes import (
     AblateSpec,
-    Change,
     CorruptSpec,
-    ForceMapSpec,
-    InjectSpec,
-    LayerChange,
     ModuleSpec,
     PatchSpec,
-    ReweightSpec,
     ScaleSpec,
-    SiteChange,
     SteerSpec,
 )
-from workbench.experiments.experiment import Experiment
 from workbench.experiments.surveying import Group, Survey
 from workbench.interventions.intervention import BY_HEAD
 from workbench.interventions.scale import drawn

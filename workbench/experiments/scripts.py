@@ -11,9 +11,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from workbench.experiments.changes import AnySpec, Change, ModuleSpec, PatchSpec, TurnSpec
+from workbench.experiments.change import Change
+from workbench.experiments.changes import AnySpec, TurnSpec
 from workbench.experiments.experiment import Experiment
 from workbench.experiments.opening import Opening
+from workbench.experiments.site_changes import ModuleSpec, PatchSpec
 from workbench.experiments.spec import CARRIED
 from workbench.models.loop import Loop
 from workbench.models.model import DiffusionModel

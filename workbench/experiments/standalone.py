@@ -19,7 +19,8 @@ from workbench import zoo
 from workbench.errors import InputError
 from workbench.experiments import machine, machine_attention
 from workbench.experiments.branching import Fork, rerun
-from workbench.experiments.changes import Change, SiteChange, TurnSpec
+from workbench.experiments.change import Change, SiteChange
+from workbench.experiments.changes import TurnSpec
 from workbench.experiments.experiment import Experiment
 from workbench.experiments.opening import Opening
 from workbench.experiments.planned import ELSE, Planner

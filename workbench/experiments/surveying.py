@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from workbench.attention.geometry import Scope, grid
-from workbench.experiments.changes import ForceMapSpec, LayerChange, ReweightSpec, Runs
+from workbench.experiments.change import LayerChange, Runs
+from workbench.experiments.changes import ForceMapSpec, ReweightSpec
 from workbench.interventions.attention import AttentionEdit, Call
 
 

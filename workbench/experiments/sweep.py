@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.errors import InputError, UnknownNameError, nearest
-from workbench.experiments.changes import PatchSpec, TurnSpec
+from workbench.experiments.changes import TurnSpec
 from workbench.experiments.experiment import Experiment
 from workbench.experiments.labelled import dataset, label, need_xarray
 from workbench.experiments.measured import RunMetric, run_metric
+from workbench.experiments.site_changes import PatchSpec
 from workbench.experiments.sweeping import Progress, Sweeper
 from workbench.experiments.sweepstore import Result, SweepStore
 from workbench.experiments.together import ROWS

@@ -7,11 +7,12 @@ from typing import Any
 from workbench.errors import InputError
 from workbench.experiments import machine
 from workbench.experiments.branching import rerun
-from workbench.experiments.changes import CorruptSpec, LayerChange, SiteChange
+from workbench.experiments.change import LayerChange, SiteChange
 from workbench.experiments.experiment import Experiment
 from workbench.experiments.labelled import label
 from workbench.experiments.planned import Planner
 from workbench.experiments.scripts import literal, said
+from workbench.experiments.site_changes import CorruptSpec
 from workbench.experiments.standalone import (
     add_all,
     data_code,

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from workbench.experiments.changes import PatchSpec
 from workbench.experiments.experiment import Experiment
+from workbench.experiments.site_changes import PatchSpec
 from workbench.experiments.together import evenly
 
 if TYPE_CHECKING:

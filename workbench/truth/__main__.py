@@ -11,8 +11,8 @@ import numpy as np
 
 from workbench import zoo
 from workbench.errors import InputError, nearest
-from workbench.experiments.changes import PatchSpec
 from workbench.experiments.experiment import Experiment
+from workbench.experiments.site_changes import PatchSpec
 from workbench.models.model import DiffusionModel
 from workbench.models.quiet import quiet_run
 from workbench.truth.editing import kept_places

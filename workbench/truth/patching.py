@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from workbench.experiments.changes import PatchSpec
 from workbench.experiments.experiment import Experiment
+from workbench.experiments.site_changes import PatchSpec
 from workbench.interventions.control import RandomDirection
 from workbench.interventions.patch import Patch
 from workbench.models.model import DiffusionModel

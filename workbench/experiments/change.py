@@ -1,0 +1,161 @@
+"""What every intervention as data says: when, in which rows, how much, and where."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, ClassVar, Protocol, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from workbench.errors import InputError, UnknownNameError
+from workbench.interventions.intervention import Intervention
+from workbench.tracing.record import Record
+from workbench.tracing.sites import Site
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Picture = tuple[tuple[Share, ...], ...]
+Some = Annotated[tuple[int, ...], Field(min_length=1)]
+
+
+class Runs(Protocol):
+    """The runs of an experiment, as far as an intervention needs them.
+
+    Attributes:
+        source: the run that is taken from.
+        allow_code: whether modules of the user's own may be imported.
+    """
+
+    source: Record
+    allow_code: bool
+
+    def plain(self, prompt: str | None, sites: Sequence[str]) -> Record:
+        """Return a run of another prompt with the target's seed, which keeps ``sites``."""
+
+    def places(self, words: Sequence[str], *, source: bool = False) -> Callable[[int], tuple[int, ...]]:
+        """Return where words of a prompt stand, once the length of the sequence is known."""
+
+
+class Change(BaseModel):
+    """What every change of a run says.
+
+    Attributes:
+        steps: which steps, each a number; None is every step. Negative ones count from the end.
+        branch: which guidance branch.
+        heads: which heads of an attention layer; None is every one.
+        mask: how much of it each place of the picture gets, rows of numbers from 0 to 1, at any size.
+        strength: how much of it is made; 1 is all.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    overwrites: ClassVar[bool] = False
+    """Whether nothing is left of what was there before."""
+
+    kind: str
+    steps: Some | None = None
+    branch: str = Field(default="all", min_length=1)
+    heads: Some | None = None
+    mask: Picture | None = None
+    strength: Finite = 1.0
+
+    @field_validator("mask")
+    @classmethod
+    def _even(cls, mask: Picture | None) -> Picture | None:
+        if mask is not None and (not mask or not mask[0] or len({len(row) for row in mask}) > 1):
+            raise ValueError("a mask has rows, and all its rows are equally long")
+        return mask
+
+    @abstractmethod
+    def bind(self, runs: Runs) -> Intervention:
+        """Return the intervention, with the runs it needs."""
+
+    @property
+    def captures(self) -> tuple[str, ...]:
+        """The sites that the source's run must keep."""
+        return ()
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether it acts on whole values."""
+        return self.mask is None and self.strength == 1
+
+    def act(self, steps: int) -> set[int]:
+        """Return the steps, of so many, in which it acts."""
+        for step in self.steps or ():
+            if not -steps <= step < steps:
+                raise InputError(f"The runs have {steps} steps, counted from 0; {step} is none of them.")
+        return set(range(steps)) if self.steps is None else {step % steps for step in self.steps}
+
+    def within(self, start: int, end: int, steps: int) -> tuple[int, ...]:
+        """Return the steps, of so many, in which it acts from one up to another."""
+        return tuple(sorted(step for step in self.act(steps) if start <= step < end))
+
+    def where(self) -> dict[str, Any]:
+        """Return what it has in common with every intervention, as those take it."""
+        found = {"steps": self.steps, "branch": self.branch, "heads": self.heads, "strength": self.strength}
+        return {**found, "mask": None if self.mask is None else torch.tensor(self.mask)}
+
+    def _clashes(self, other: Change) -> bool:  # noqa: ARG002
+        return False
+
+
+class SiteChange(Change):
+    """A change of what passes a site.
+
+    Attributes:
+        site: where, spelled ``unet.mid_block`` or ``unet.mid_block:input``.
+        tokens: which places of a sequence; None is every one.
+        words: the same by words of the target's prompt, wherever its text is the sequence.
+    """
+
+    site: str
+    tokens: Some | None = None
+    words: tuple[str, ...] | None = None
+
+    @field_validator("site")
+    @classmethod
+    def _spelled(cls, site: str) -> str:
+        try:
+            return str(Site.parse(site))
+        except UnknownNameError as error:
+            # Only a ValueError is gathered with what else is wrong.
+            raise ValueError(str(error)) from error
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> Self:
+        if self.tokens is not None and self.words is not None:
+            raise ValueError("tokens and words both choose places; leave one of them out")
+        return self
+
+    def at(self, runs: Runs) -> dict[str, Any]:
+        """Return where it acts, as interventions at sites take it."""
+        tokens = self.tokens if self.words is None else runs.places(self.words)
+        return {"site": self.site, **self.where(), "tokens": tokens}
+
+    def _clashes(self, other: Change) -> bool:
+        if not (isinstance(other, SiteChange) and self.overwrites and other.overwrites):
+            return False
+        if self.site != other.site or not (self.everywhere and other.everywhere):
+            return False
+        chosen = [(one, two) for one, two in zip(_choices(self), _choices(other), strict=True)]
+        return all(one is None or two is None or set(one) & set(two) for one, two in chosen)
+
+
+class LayerChange(Change):
+    """A change of attention weights.
+
+    Attributes:
+        site: attention layers by path; ``*`` stands for anything.
+    """
+
+    site: str = Field(default="*", min_length=1)
+    branch: str = Field(default="cond", min_length=1)
+
+
+def _choices(change: SiteChange) -> tuple[Any, ...]:
+    branch = None if change.branch in ("all", "both") else (change.branch,)
+    # Words and tokens are compared with their like alone: which token a word is, a tokenizer knows.
+    return (change.steps, branch, change.heads, change.tokens, change.words)

@@ -1,0 +1,244 @@
+"""Interventions as data that change what passes a site."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, JsonValue, field_validator, model_validator
+
+from workbench.errors import InputError
+from workbench.experiments.change import Finite, Runs, SiteChange, Some
+from workbench.interventions.attach import Attach
+from workbench.interventions.corrupt import Corrupt
+from workbench.interventions.feature import Feature
+from workbench.interventions.patch import Patch
+from workbench.interventions.scale import Ablate, Scale
+from workbench.interventions.steer import Steer
+
+
+class PatchSpec(SiteChange):
+    """An activation of the source's run put in place of the target's.
+
+    Attributes:
+        from_site: where in the source it comes from; None is the same place.
+        from_step: the one step of the source it comes from; None is the same step.
+        from_tokens: which places of the source's sequence go into ``tokens``; None is the same ones.
+        from_words: the same by words of the source's prompt; None is the same words.
+    """
+
+    overwrites: ClassVar[bool] = True
+
+    kind: Literal["patch"] = "patch"
+    from_site: str | None = None
+    from_step: int | None = None
+    from_tokens: Some | None = None
+    from_words: tuple[str, ...] | None = None
+
+    @property
+    def captures(self) -> tuple[str, ...]:
+        """The site that the source's run must keep."""
+        return (self.site if self.from_site is None else self.from_site,)
+
+    def bind(self, runs: Runs) -> Patch:
+        """Return the patch from the source's run."""
+        words = self.words if self.from_words is None else self.from_words
+        tokens: Any = self.from_tokens if words is None else runs.places(words, source=True)
+        origin = {"from_site": self.from_site, "from_step": self.from_step, "from_tokens": tokens}
+        return Patch(**self.at(runs), **origin, source=runs.source)
+
+
+class AblateSpec(SiteChange):
+    """An activation taken away, see `workbench.interventions.scale.Ablate`.
+
+    Attributes:
+        how: ``"zero"``, ``"mean"``, ``"resample"`` or ``"noise"``.
+        references: prompts whose runs are the mean, or are drawn from.
+        seed: of what is drawn.
+    """
+
+    overwrites: ClassVar[bool] = True
+
+    kind: Literal["ablate"] = "ablate"
+    how: Literal["zero", "mean", "resample", "noise"] = "zero"
+    references: tuple[str, ...] = ()
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _has_references(self) -> Self:
+        if (self.how in ("mean", "resample")) != bool(self.references):
+            raise ValueError("'mean' and 'resample' take references, prompts, and the other ways none")
+        return self
+
+    def bind(self, runs: Runs) -> Ablate:
+        """Return the ablation, with runs of its references."""
+        references = [runs.plain(prompt, [self.site]) for prompt in self.references]
+        return Ablate(**self.at(runs), how=self.how, references=references, seed=self.seed)
+
+
+class ScaleSpec(SiteChange):
+    """An activation multiplied.
+
+    Attributes:
+        factor: by what.
+    """
+
+    kind: Literal["scale"] = "scale"
+    factor: Finite
+
+    def bind(self, runs: Runs) -> Scale:
+        """Return the scaling."""
+        return Scale(**self.at(runs), factor=self.factor)
+
+
+class CorruptSpec(SiteChange):
+    """Noise added to an activation, the same in every call, see `workbench.interventions.corrupt.Corrupt`.
+
+    Attributes:
+        site: by default the embedded prompt, as a UNet is handed it.
+        branch: by default the one with the prompt.
+        strength: how large it is, in standard deviations of what is changed.
+        seed: of the noise.
+    """
+
+    kind: Literal["corrupt"] = "corrupt"
+    site: str = Corrupt.site
+    branch: str = Field(default=Corrupt.branch, min_length=1)
+    strength: Finite = Corrupt.strength
+    seed: int = 0
+
+    @classmethod
+    def of(cls, corrupt: Corrupt, steps: int) -> Self:
+        """Return an intervention as data.
+
+        Args:
+            corrupt: the intervention.
+            steps: how many a run has.
+
+        Raises:
+            InputError: it acts on some samples of several, or on places that a function finds.
+        """
+        if corrupt.samples is not None or callable(corrupt.tokens):
+            raise InputError(
+                f"{corrupt} is no data: that has neither samples nor a function for tokens. Give numbers."
+            )
+        chosen, mask = corrupt.steps, corrupt.mask
+        names = ("site", "branch", "heads", "tokens", "strength", "seed")
+        return cls(
+            **{name: getattr(corrupt, name) for name in names},
+            steps=tuple(range(steps)[chosen]) if isinstance(chosen, slice) else chosen,  # type: ignore[arg-type]
+            mask=None if mask is None else _tuples(mask.tolist()),
+        )
+
+    def bind(self, runs: Runs) -> Corrupt:
+        """Return the intervention."""
+        return Corrupt(**self.at(runs), seed=self.seed)
+
+
+class SteerSpec(SiteChange):
+    """An activation moved along a direction: the one between prompts, or one that is given.
+
+    Attributes:
+        pairs: of prompts, (towards, away); runs of them with the target's seed give the direction.
+        method: ``"mean"`` of the differences, or their first component, ``"pca"``.
+        direction: one's own in their place, nested rows of numbers (or a tensor, kept in float32): of one
+            sample, the value's shape without its rows, or what broadcasts to that.
+    """
+
+    kind: Literal["steer"] = "steer"
+    pairs: tuple[tuple[str, str], ...] = ()
+    method: Literal["mean", "pca"] = "mean"
+    direction: tuple[Any, ...] | None = None
+
+    @field_validator("direction", mode="before")
+    @classmethod
+    def _numbers(cls, direction: Any) -> tuple[Any, ...] | None:
+        if direction is None:
+            return None
+        try:
+            given = torch.as_tensor(direction, dtype=torch.float32).detach()
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise ValueError(
+                f"a direction is rows of numbers, all of a depth equally long: {error}"
+            ) from error
+        if not given.ndim or not given.numel() or not torch.isfinite(given).all():
+            raise ValueError("a direction has at least one number, and all of them are finite")
+        found: tuple[Any, ...] = _tuples(given.tolist())
+        return found
+
+    @model_validator(mode="after")
+    def _one_direction(self) -> Self:
+        if bool(self.pairs) == (self.direction is not None):
+            raise ValueError("steering takes pairs of prompts or a direction of one's own, one of the two")
+        return self
+
+    def bind(self, runs: Runs) -> Steer:
+        """Return the steering, its direction found in runs of the pairs if it is not given."""
+        if self.direction is not None:
+            return Steer(**self.at(runs), direction=torch.tensor(self.direction))
+        kept = [self.site]
+        sides = [[runs.plain(pair[side], kept) for pair in self.pairs] for side in (0, 1)]
+        at = self.at(runs)
+        return Steer.between(at.pop("site"), *sides, method=self.method, **at)
+
+
+class ModuleSpec(SiteChange):
+    """A module of one's own at a site: what it makes of the activation goes on.
+
+    Attributes:
+        module: where it is, ``"package.module:name"``; a class or a function is called for it with the
+            arguments, anything else that can be called is taken as it is.
+        arguments: of that call; None is no call.
+        feature: of a sparse autoencoder (with ``encode`` and ``decode``), which feature is changed.
+        to: what a feature is clamped to.
+        times: what a feature is multiplied by.
+    """
+
+    kind: Literal["module"] = "module"
+    module: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+    arguments: dict[str, JsonValue] | None = None
+    feature: Annotated[int, Field(ge=0)] | None = None
+    to: Finite | None = None
+    times: Finite | None = None
+
+    @model_validator(mode="after")
+    def _one_change(self) -> Self:
+        if (self.feature is None) != (self.to is None and self.times is None):
+            raise ValueError("a feature is changed to or times something; without one there is neither")
+        if self.to is not None and self.times is not None:
+            raise ValueError("a feature goes either to or times something")
+        return self
+
+    def check_trusted(self, allow_code: bool) -> None:
+        """Refuse to import it where nobody said that it may be.
+
+        Raises:
+            InputError: with what it would import.
+        """
+        if not allow_code:
+            raise InputError(
+                f"The experiment wants to import {self.module!r}, which may run anything. If you trust it: "
+                "allow_code=True."
+            )
+
+    def bind(self, runs: Runs) -> Attach | Feature:
+        """Return the module at its site.
+
+        Raises:
+            InputError: it cannot be imported, or nobody said that it may be.
+        """
+        self.check_trusted(runs.allow_code)
+        home, _, name = self.module.partition(":")
+        try:
+            found: Any = getattr(importlib.import_module(home), name)
+        except (ImportError, AttributeError) as error:
+            raise InputError(f"module={self.module!r} cannot be imported: {error}") from error
+        made = found if self.arguments is None else found(**self.arguments)
+        if self.feature is None:
+            return Attach(**self.at(runs), module=made)
+        return Feature(**self.at(runs), sae=made, feature=self.feature, to=self.to, times=self.times)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
