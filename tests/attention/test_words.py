@@ -56,6 +56,12 @@ def test_every_column_belongs_to_one_word():
             assert columns == list(range(24))
 
 
+def test_what_stands_for_an_unknown_word_is_neither_start_nor_end():
+    words = [word for word in words_of([t5("☃ circle ☃")], 24) if word.text]
+    assert [word.text for word in words[:5]] == ["<unk>", "circle", "<unk>", "end", "padding"]
+    assert [word.special for word in words[:5]] == [True, False, True, True, True]
+
+
 def test_two_encoders_after_each_other():
     words = words_of([clip("a red circle"), clip("a red circle"), t5("a red circle")], 48)
     assert [word.columns for word in words if word.text == "red"] == [(2,), (25,)]
@@ -196,6 +202,17 @@ def test_what_is_not_read_is_told(make):
     assert [word.text for word in short.words if not word.special][: len(read)] == read
     assert "not read" in str(short)
     assert tokenize(make(), "a red circle").cut == ""
+
+
+def test_a_prompt_is_padded_to_what_the_pipeline_was_asked_for():
+    model = DiffusionModel(tiny.sd3())
+    read = model.words("a red circle", max_sequence_length=40)
+    assert [len(each.ids) for each in read.values()] == [24, 24, 40]
+    seen = model.record(
+        "a red circle", seed=0, num_inference_steps=1, max_sequence_length=40, capture=[Attention()]
+    )
+    assert sum(len(word.columns) for word in seen.attention.words) == 24 + 40
+    assert read["tokenizer_3"].of("circle") == (2,)
 
 
 def test_what_has_no_words_says_so():

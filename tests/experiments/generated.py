@@ -51,6 +51,8 @@ PLACES = {
     ),
 }
 
+_OURS = ("num_inference_steps", "guidance_scale")
+
 SHIPPED = tuple(name for name in PLACES if name in zoo.models())
 
 PROMPTS = ("a red circle", "a green square", "a blue triangle", "a yellow circle")
@@ -77,6 +79,7 @@ def experiment(number: int) -> Experiment:
         seed=drawn.randrange(1000),
         num_inference_steps=STEPS,
         guidance_scale=drawn.choice((1.0, 3.0)),
+        arguments={name: value for name, value in zoo.settings(places.model).items() if name not in _OURS},
         interventions=made,
         **more,
     )

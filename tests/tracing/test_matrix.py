@@ -59,7 +59,7 @@ def test_the_shipped_models_keep_every_promise(name):
 
     worded = name != "shapes-ddpm"
     arguments = {**zoo.settings(name), **tiny.WORDED} if worded else {"num_inference_steps": 4}
-    site = "transformer.transformer_blocks.0" if name == "shapes-mmdit" else "unet.mid_block"
+    site = "transformer.transformer_blocks.0.ff" if name == "shapes-mmdit" else "unet.mid_block"
     subject = matrix.Subject(name, tiny.Case(build, arguments, site))
     for promise in matrix.PROMISES.values():
         promise(subject)

@@ -6,6 +6,7 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 
 from workbench import zoo
+from workbench.attention.words import tokenize
 from workbench.zoo import train
 from workbench.zoo.denoiser import Batch
 from workbench.zoo.mmdit import SILENT_ROWS, draw_times, flow_loss, read_text, silent_rows
@@ -71,6 +72,8 @@ def test_the_silent_encoder_is_what_the_pipeline_has_without_one(folder, pipelin
     without = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
     without.set_progress_bar_config(disable=True)
     assert np.array_equal(draw(pipeline), draw(without))
+    words = tokenize(pipeline.tokenizer_3, "a red circle").words
+    assert all(word.special for word in words)  # nothing that could be taken for the prompt's words
     assert not np.array_equal(draw(pipeline), draw(pipeline, max_sequence_length=24))
 
 

@@ -231,7 +231,8 @@ def tokenize(tokenizer: Any, prompt: str, limit: int | None = None) -> Tokens:
         prompt: what the person wrote.
         limit: how many tokens the encoder is given; None is the tokenizer's own.
     """
-    most = min(limit or _LONGEST, tokenizer.model_max_length, _LONGEST)
+    # Pipelines pad to the length they were asked for, whatever a tokenizer calls its longest.
+    most = limit or min(tokenizer.model_max_length, _LONGEST)
     padded = {"padding": "max_length"} if tokenizer.pad_token is not None else {}
     ids = tuple(tokenizer(prompt, max_length=most, truncation=True, **padded)["input_ids"])
     whole = tuple(tokenizer(prompt, truncation=False, verbose=False)["input_ids"])
@@ -271,9 +272,12 @@ def _choices(readings: Sequence[Reading]) -> list[list[Reading]]:
 
 def _words(each: Reading, offset: int) -> list[Word]:
     pieces = each.tokenizer.convert_ids_to_tokens(list(each.ids))
-    specials = set(each.tokenizer.all_special_ids)
+    known = each.tokenizer
+    specials = set(known.all_special_ids)
+    # What stands for a word that is not known is neither start, end nor padding.
+    specials -= {known.unk_token_id} - {known.bos_token_id, known.eos_token_id, known.pad_token_id}
     added = getattr(each.tokenizer, "added_tokens_decoder", {})
-    others = {token for token, how in added.items() if how.special} - specials
+    others = ({token for token, how in added.items() if how.special} | {known.unk_token_id}) - specials
     ended, words = False, list[Word]()
     joins = False
     for column, (token, piece) in enumerate(zip(each.ids, pieces, strict=True)):

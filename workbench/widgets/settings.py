@@ -21,6 +21,10 @@ _KEPT = {"picture", "revision", "source_model", "weights"}
 """What an experiment that was opened says and no control shows: further runs keep it."""
 
 
+_SHOWN = {"num_inference_steps", "guidance_scale"}
+"""A model's own settings that controls show; others are passed on as they are."""
+
+
 class Settings:
     """What is asked for in the app's controls.
 
@@ -53,7 +57,8 @@ class Settings:
         arguments: Mapping[str, Any],
     ) -> None:
         self._model = model
-        self._arguments = dict(arguments)
+        further = {name: value for name, value in defaults(model).items() if name not in _SHOWN}
+        self._arguments = {**further, **arguments}
         self._shown: Experiment | None = None
         self.controls = RunControls(
             **_about(model, *prompts), **_numbers(model, *seeds, steps, guidance), source_from=source_from
@@ -109,6 +114,9 @@ class Settings:
                 for name, value in before.items():
                     setattr(self.controls, name, value)
                 raise InputError(f"The app cannot show this experiment: {error}") from error
+
+    def keep(self, experiment: Experiment) -> None:
+        """Keep for further runs what no control shows of an experiment."""
         self._shown = experiment.plain()
 
 

@@ -28,7 +28,6 @@ from transformers import (
 
 from workbench.zoo.autoencoder import mixed_precision
 from workbench.zoo.denoiser import WIDTH, Batch, text_config
-from workbench.zoo.language import WORDS
 from workbench.zoo.tokens import LENGTH
 
 SHIFT = 3.0
@@ -78,11 +77,11 @@ def build_transformer() -> SD3Transformer2DModel:
 def build_silent_encoder() -> tuple[T5EncoderModel, T5Tokenizer]:
     """Make a T5 encoder that says nothing, and its tokenizer.
 
-    It has no layers, and zeros come out: what the pipeline itself puts where it has no T5. It is there
-    because diffusers opens no folder of this pipeline without one, unless told ``text_encoder_3=None``.
+    It knows no word and has no layers, and zeros come out: what the pipeline itself puts where it has no T5.
+    It is there because diffusers opens no folder of this pipeline without one, unless told
+    ``text_encoder_3=None``.
     """
     pieces = [(name, 0.0) for name in ("<pad>", "</s>", "<unk>")]
-    pieces += [("▁", -2.0), *(("▁" + word, -3.0) for word in WORDS)]
     tokenizer = T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=LENGTH)
     encoder = T5EncoderModel(T5Config(vocab_size=len(tokenizer), d_model=2 * WIDTH, num_layers=0))
     torch.nn.init.zeros_(encoder.shared.weight)
