@@ -37,6 +37,12 @@ def patched(**changes):
     return changed(interventions=[{**PATCH, **changes}])
 
 
+def steered(direction):
+    told = {"kind": "steer", "site": "unet.conv_in", "direction": "DIRECTION"}
+    text = direction if isinstance(direction, str) else json.dumps(direction)
+    return changed(interventions=[told]).replace('"DIRECTION"', text)
+
+
 BY_HAND = [
     "",
     " ",
@@ -82,7 +88,26 @@ BY_HAND = [
     patched(strength=float("inf")),
     patched(mask=[[0, 1], [0]]),
     patched(branch=""),
+    changed(num_inference_steps=10**12),
+    changed(arguments={"num_inference_steps": 7}),
+    changed(arguments={"self": 1}),
+    changed(arguments={"output_type": "latent"}),
+    changed(interventions=[{"kind": "turn", "step": 1, "arguments": {"capture": []}}]),
+    changed(forks=[{"step": 3, "arguments": {"listener": 1}}]),
+    changed(interventions=[{"kind": "ablate", "site": "unet.conv_in", "how": "noise", "seed": 1 << 60}]),
+    changed(interventions=[{"kind": "corrupt", "seed": -1}]),
+    steered([[1.0], [1.0, 2.0]]),
+    steered("[" * 70 + "1" + "]" * 70),
+    steered([0] * 3_000_000),
+    changed(interventions=[PATCH] * 30_000),
+    changed(interventions=[0] * 3_000_000),
+    changed(**{f"field{number}": 0 for number in range(100_000)}),
+    patched(site="unet." + "x" * 1_000_000),
+    patched(steps=[0] * 1_000_000),
+    patched(steps=["x"] * 1_000_000),
+    patched(mask=[[0.5] * 2000] * 2000),
 ]
+"""Some are of megabytes: they are refused as soon as the others."""
 
 
 @pytest.mark.parametrize("text", BY_HAND, ids=range(len(BY_HAND)))
@@ -130,6 +155,37 @@ def test_a_thousand_mutations_are_experiments_or_one_named_error_each(tmp_path):
     assert refused > 800
 
 
+FITTING = [
+    (changed(model="~nobody/there"), "nobody"),
+    (changed(model="shapes-unet\x00"), "shapes-unet"),
+    (changed(picture="\x00.png", source_from=0), "picture"),
+    (changed(arguments={"height": 7, "width": 7}), "The run ended with ValueError"),
+    (patched(site="unet.nowhere"), "nowhere"),
+    (patched(steps=[9]), "9 is none of them"),
+    (changed(interventions=[{"kind": "scale", "site": "unet.nowhere", "factor": 2.0}]), "nowhere"),
+    (changed(interventions=[{"kind": "module", "site": "unet.conv_in", "module": "os:abort"}]), "allow_code"),
+]
+
+
+@pytest.mark.parametrize(("text", "said"), FITTING, ids=range(len(FITTING)))
+def test_what_only_the_model_can_refuse_is_refused_before_anything_runs(tmp_path, capsys, text, said):
+    (tmp_path / "experiment.json").write_text(text)
+    with pytest.raises(SystemExit) as ended:
+        main(["run", str(tmp_path / "experiment.json"), "--out", str(tmp_path / "out")])
+    told = capsys.readouterr()
+    assert ended.value.code == 2
+    assert said in told.err.splitlines()[-1]
+    assert "Traceback" not in told.err
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_runs(tmp_path, capsys):
+    (tmp_path / "experiment.json").write_text(changed())
+    with pytest.raises(SystemExit):
+        main(["run", str(tmp_path / "experiment.json"), "--out", str(tmp_path / "experiment.json")])
+    assert "cannot be written" in capsys.readouterr().err
+
+
 def test_scripts_that_carry_none_are_refused(tmp_path):
     texts = {"a.py": "print(1)", "a.ipynb": "{}", "b.ipynb": '{"cells": [1]}', "c.ipynb": "["}
     for name, text in texts.items():
@@ -141,5 +197,5 @@ def test_scripts_that_carry_none_are_refused(tmp_path):
 def test_a_file_too_large_to_be_one_is_not_read(tmp_path):
     with (tmp_path / "experiment.json").open("wb") as file:
         file.truncate(1 << 30)
-    with pytest.raises(InputError, match="more than 16 MiB"):
+    with pytest.raises(InputError, match="more than 8 MiB"):
         Experiment.load(tmp_path / "experiment.json")

@@ -431,6 +431,7 @@ def test_an_experiment_of_another_model_is_refused(tmp_path):
         )
         with pytest.raises(InputError, match="weights"):
             bench.load(wanted).result(LONG)
+        assert bench.experiment.weights is None
 
 
 def test_export_that_cannot_be_written_is_shown(bench, tmp_path, monkeypatch):

@@ -1,1 +1,1 @@
-"""The ``workbench`` command: record a run, and see what a saved one holds."""
+"""The ``workbench`` command: runs, experiments and sweeps, and what saved ones hold."""

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from workbench import zoo
-from workbench.errors import InputError
+from workbench.errors import InputError, WorkbenchError
 from workbench.experiments.branching import named
 from workbench.experiments.experiment import Experiment
 from workbench.experiments.exporting import exported, write
 from workbench.experiments.metrics import towards
 from workbench.experiments.site_changes import PatchSpec
 from workbench.experiments.sweep import Sweep
+from workbench.experiments.sweeping import Progress
 from workbench.models.folder import read_index
 from workbench.models.model import DiffusionModel
 from workbench.models.outline import patch_sites
@@ -64,8 +66,9 @@ def perform(
     experiment: Experiment, out: Path, *, allow_code: bool = False, records: bool = False
 ) -> Iterator[str]:
     """Run an experiment and save what it leaves."""
-    outcome = experiment.run(allow_code=allow_code)
-    out.mkdir(parents=True, exist_ok=True)
+    _make(out)
+    with _refusals():
+        outcome = experiment.run(allow_code=allow_code)
     runs = {"source": outcome.source, "target": outcome.target}
     if outcome.patched is not None:
         runs["patched"] = outcome.patched
@@ -88,6 +91,7 @@ def survey(
     window: str,
     seeds: int,
     metrics: Sequence[str] | None,
+    progress: Callable[[Progress], None] | None = None,
 ) -> Iterator[str]:
     """Sweep over sites and steps; the map is in ``map.csv``, and what a sweep resumes from beside it."""
     if experiment.num_inference_steps is None:
@@ -99,7 +103,9 @@ def survey(
         "seed": list(range(experiment.seed, experiment.seed + seeds)),
     }
     measured = Sweep(experiment.plain(), axes, window=window, metrics=list(metrics or ["towards"]))
-    found = measured.run(model, out / "cells")
+    _make(out)
+    with _refusals():
+        found = measured.run(model, out / "cells", progress=progress)
     table = out / "map.csv"
     found.to_dataframe().to_csv(table)
     yield f"{table}: {found.sizes['site']} sites × {found.sizes['step']} steps × {seeds} seeds"
@@ -127,6 +133,25 @@ def reopened(folder: Path, model: str | None) -> Record:
     if not reference:
         raise InputError(f"{folder} is of a model that was made in memory. Say what decodes it: --model.")
     return load_record(folder, model=DiffusionModel(reference))
+
+
+def _make(folder: Path) -> None:
+    """Make the folder that results go to, before anything is run for it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error.strerror}. Choose another folder.") from error
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Say in one line what a pipeline refuses of its own arguments."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, MemoryError) as error:
+        if isinstance(error, WorkbenchError):
+            raise
+        raise InputError(f"The run ended with {type(error).__name__}: {error}") from error
 
 
 def _sites_of(model: DiffusionModel, experiment: Experiment) -> list[str]:

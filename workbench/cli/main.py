@@ -156,8 +156,12 @@ def sweep(
     """
     from workbench.cli.experiments import survey
 
+    def tell(told: Any) -> None:
+        typer.echo(f"{told.done} of {told.total} cells", err=True)
+
     opened = wb.Experiment.load(experiment)
-    for line in survey(opened, out, sites=site, steps=step, window=window, seeds=seeds, metrics=metric):
+    asked = {"sites": site, "steps": step, "window": window, "seeds": seeds, "metrics": metric}
+    for line in survey(opened, out, progress=tell, **asked):  # type: ignore[arg-type]
         typer.echo(line)
 
 
@@ -215,4 +219,7 @@ def main(arguments: list[str] | None = None) -> None:
         app(arguments, prog_name="workbench")
     except WorkbenchError as error:
         typer.echo(f"workbench: {' '.join(str(error).split())}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        typer.echo(f"workbench: {error}", err=True)
         sys.exit(2)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from workbench.errors import InputError
-from workbench.experiments.change import Runs
+from workbench.experiments.change import MOST, Runs
 from workbench.experiments.changes import AnySpec, TurnSpec, check_order
 from workbench.tracing.record import Record
 from workbench.tracing.session import Listener
@@ -26,8 +26,8 @@ class Fork(TurnSpec):
     """
 
     kind: Literal["fork"] = "fork"  # type: ignore[assignment]
-    interventions: tuple[AnySpec, ...] = ()
-    forks: tuple[Fork, ...] = ()
+    interventions: Annotated[tuple[AnySpec, ...], Field(max_length=MOST, fail_fast=True)] = ()
+    forks: Annotated[tuple[Fork, ...], Field(max_length=MOST, fail_fast=True)] = ()
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Protocol, Self
 
 import torch
@@ -16,8 +16,24 @@ from workbench.tracing.sites import Site
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Picture = tuple[tuple[Share, ...], ...]
-Some = Annotated[tuple[int, ...], Field(min_length=1)]
+Drawn = Annotated[int, Field(ge=0, lt=1 << 32)]
+"""A seed."""
+
+Picture = Annotated[
+    tuple[Annotated[tuple[Share, ...], Field(max_length=1024, fail_fast=True)], ...],
+    Field(max_length=1024, fail_fast=True),
+]
+Some = Annotated[tuple[int, ...], Field(min_length=1, max_length=10_000, fail_fast=True)]
+Text = Annotated[str, Field(min_length=1, max_length=1000)]
+
+OURS = {
+    *("self", "step", "prompt", "seed", "generator", "latents", "capture", "interventions", "listener"),
+    *("num_inference_steps", "guidance_scale", "output_type", "return_dict"),
+}
+"""What pipeline arguments of an experiment cannot be: fields of its own, or what a run is told besides."""
+
+MOST = 1000
+"""How many interventions, or branches, one run has at most."""
 
 
 class Runs(Protocol):
@@ -102,6 +118,16 @@ class Change(BaseModel):
         return False
 
 
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Refuse pipeline arguments that an experiment has fields for.
+
+    Raises:
+        ValueError: with their names.
+    """
+    if taken := sorted(OURS & set(arguments)):
+        raise ValueError(f"{', '.join(taken)}: fields of the experiment, or what a run is told besides")
+
+
 class SiteChange(Change):
     """A change of what passes a site.
 
@@ -111,9 +137,9 @@ class SiteChange(Change):
         words: the same by words of the target's prompt, wherever its text is the sequence.
     """
 
-    site: str
+    site: Text
     tokens: Some | None = None
-    words: tuple[str, ...] | None = None
+    words: Annotated[tuple[Text, ...], Field(min_length=1, max_length=MOST, fail_fast=True)] | None = None
 
     @field_validator("site")
     @classmethod

@@ -7,14 +7,23 @@ so that is an error.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from itertools import combinations
+from itertools import chain, combinations, pairwise
 from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
-from workbench.experiments.change import Change, Finite, LayerChange, Picture, Runs
+from workbench.experiments.change import (
+    Change,
+    Finite,
+    LayerChange,
+    Picture,
+    Runs,
+    SiteChange,
+    check_arguments,
+)
 from workbench.experiments.site_changes import (
     AblateSpec,
     CorruptSpec,
@@ -100,6 +109,12 @@ class TurnSpec(BaseModel):
     guidance_scale: Finite | None = None
     arguments: dict[str, JsonValue] = Field(default_factory=dict)
 
+    @field_validator("arguments")
+    @classmethod
+    def _not_ours(cls, arguments: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        check_arguments(arguments)
+        return arguments
+
     @model_validator(mode="after")
     def _says_something(self) -> Self:
         if not self.changes():
@@ -133,15 +148,24 @@ def check_order(changes: Sequence[Any]) -> None:
     Raises:
         ValueError: with both.
     """
-    for (first, one), (second, two) in combinations(enumerate(changes), 2):
-        if isinstance(one, Change) and isinstance(two, Change) and one._clashes(two):
+    at_a_site: dict[str, list[tuple[int, Change]]] = defaultdict(list)
+    for number, each in enumerate(changes):
+        if isinstance(each, SiteChange):
+            at_a_site[each.site].append((number, each))
+    for (first, one), (second, two) in chain.from_iterable(
+        combinations(those, 2) for those in at_a_site.values()
+    ):
+        if one._clashes(two):
             raise ValueError(
                 f"{two.kind} (number {second}) puts something new where {one.kind} (number {first}) just "
                 "did: give them other steps, branches, heads or tokens, or a strength"
             )
-        if isinstance(one, TurnSpec) and isinstance(two, TurnSpec) and two.step <= one.step:
+    turns = [(number, each) for number, each in enumerate(changes) if isinstance(each, TurnSpec)]
+    for (_, before), (number, turn) in pairwise(turns):
+        if turn.step <= before.step:
             raise ValueError(
-                f"turns go forward: number {second}, at step {two.step}, comes after that at step {one.step}"
+                f"turns go forward: number {number}, at step {turn.step}, comes after that at step "
+                f"{before.step}"
             )
 
 

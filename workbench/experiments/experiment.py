@@ -15,9 +15,10 @@ from workbench import zoo
 from workbench.attention.words import find, words_of
 from workbench.errors import InputError, UnknownNameError, nearest
 from workbench.experiments.branching import Branch, Fork, rerun
-from workbench.experiments.change import Runs
+from workbench.experiments.change import Change, Runs, SiteChange
 from workbench.experiments.changes import TurnSpec
 from workbench.experiments.inversion import invert
+from workbench.experiments.site_changes import ModuleSpec
 from workbench.experiments.spec import ExperimentSpec
 from workbench.experiments.texts import readings
 from workbench.interventions.intervention import Intervention
@@ -26,12 +27,17 @@ from workbench.models.hashing import weights_hash
 from workbench.models.model import DiffusionModel
 from workbench.tracing.record import Record
 from workbench.tracing.session import Listener
+from workbench.tracing.sites import Site, resolve
 
 if TYPE_CHECKING:
     from workbench.experiments.sweep import Sweep
 
 _NOISE: WeakKeyDictionary[DiffusionModel, dict[Any, Any]] = WeakKeyDictionary()
 """The noise of the last picture of each model, which every run of an experiment begins at."""
+
+
+_REFERENCES = 32
+"""How many runs of other prompts are held at once for those that take from them."""
 
 
 class Experiment(ExperimentSpec):
@@ -52,14 +58,14 @@ class Experiment(ExperimentSpec):
         """
         if self.picture is None:
             return self.settings()
-        path = Path(self.picture).expanduser()
         try:
-            with Image.open(path) as opened:
+            with Image.open(Path(self.picture).expanduser()) as opened:
                 picture = opened.convert("RGB")
-        except OSError as error:
+        except (OSError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
             raise InputError(f"picture={self.picture!r} cannot be opened: {error}") from error
         known, settings = _NOISE.setdefault(model, {}), self.settings()
-        key = (picture.tobytes(), repr((self.source, settings)))
+        samplers = [(type(each).__name__, dict(each.config)) for each in model.schedulers.values()]
+        key = (picture.tobytes(), repr((self.source, settings, samplers)))
         if key not in known:
             known.clear()
             # Guidance cannot be run backwards well, and is left out on the way there.
@@ -124,7 +130,7 @@ class Experiment(ExperimentSpec):
             InputError: it does not fit the model, or imports something without being allowed to.
         """
         model = self.open() if model is None else model
-        self.check_weights(model)
+        self.check(model, allow_code=allow_code)
         kept = (*self.captures(), *capture)
         target = self.run_target(model, capture=capture if self.source_model else kept, listener=listener)
         source = self.run_source(model, target, capture=kept, listener=listener)
@@ -149,6 +155,23 @@ class Experiment(ExperimentSpec):
                 f"has {found[:19]}…. Open those it is of, or take the model as it is: "
                 "experiment.model_copy(update={'weights': None})."
             )
+
+    def check(self, model: DiffusionModel, *, allow_code: bool = False) -> None:
+        """Refuse, before anything is run, what does not fit a model.
+
+        Raises:
+            InputError: it has other weights; the runs have no such step; or something would be imported
+                that nobody said may be.
+            UnknownNameError: it has no such site.
+        """
+        self.check_weights(model)
+        for each in self.every_change():
+            if isinstance(each, ModuleSpec):
+                each.check_trusted(allow_code)
+            if isinstance(each, SiteChange):
+                resolve(model.components, Site.parse(each.site).path)
+            if isinstance(each, Change) and self.num_inference_steps is not None:
+                each.act(self.num_inference_steps)
 
     def run_target(
         self, model: DiffusionModel, *, capture: tuple[Captured, ...] = (), listener: Listener | None = None
@@ -196,9 +219,18 @@ class Experiment(ExperimentSpec):
         acting, runs = self.acting(target.ledger.steps), self.runs(source, target, allow_code=allow_code)
         return rerun(target, acting, runs, listener=listener)
 
-    def bound(self, source: Record, target: Record, *, allow_code: bool = False) -> list[Intervention]:
-        """Return the interventions with the runs they need, without turns."""
-        runs = self.runs(source, target, allow_code=allow_code)
+    def bound(
+        self, source: Record, target: Record, *, allow_code: bool = False, runs: Runs | None = None
+    ) -> list[Intervention]:
+        """Return the interventions with the runs they need, without turns.
+
+        Args:
+            source: the source's run.
+            target: the target's run.
+            allow_code: whether to import modules of one's own.
+            runs: what they take from, if several experiments share it; None is of these runs alone.
+        """
+        runs = self.runs(source, target, allow_code=allow_code) if runs is None else runs
         acting = self.acting(target.ledger.steps)
         return [each.bind(runs) for each in acting if not isinstance(each, TurnSpec)]
 
@@ -273,6 +305,8 @@ class _Runs:
             model = self.target.model
             assert isinstance(model, DiffusionModel)
             settings = {**self.experiment.told(model), "seed": self.experiment.seed}
+            if len(self._plain) >= _REFERENCES:
+                del self._plain[next(iter(self._plain))]
             self._plain[key] = model.record(prompt, capture=list(sites), **settings)
         return self._plain[key]
 

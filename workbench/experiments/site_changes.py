@@ -9,13 +9,17 @@ import torch
 from pydantic import Field, JsonValue, field_validator, model_validator
 
 from workbench.errors import InputError
-from workbench.experiments.change import Finite, Runs, SiteChange, Some
+from workbench.experiments.change import MOST, Drawn, Finite, Runs, SiteChange, Some, Text
 from workbench.interventions.attach import Attach
 from workbench.interventions.corrupt import Corrupt
 from workbench.interventions.feature import Feature
 from workbench.interventions.patch import Patch
 from workbench.interventions.scale import Ablate, Scale
 from workbench.interventions.steer import Steer
+from workbench.tracing.structure import describe
+
+_NUMBERS, _DEEPEST = 1 << 18, 8
+"""How many numbers a direction has at most, and how many axes."""
 
 
 class PatchSpec(SiteChange):
@@ -62,8 +66,8 @@ class AblateSpec(SiteChange):
 
     kind: Literal["ablate"] = "ablate"
     how: Literal["zero", "mean", "resample", "noise"] = "zero"
-    references: tuple[str, ...] = ()
-    seed: int = 0
+    references: Annotated[tuple[str, ...], Field(max_length=MOST, fail_fast=True)] = ()
+    seed: Drawn = 0
 
     @model_validator(mode="after")
     def _has_references(self) -> Self:
@@ -103,10 +107,10 @@ class CorruptSpec(SiteChange):
     """
 
     kind: Literal["corrupt"] = "corrupt"
-    site: str = Corrupt.site
+    site: Text = Corrupt.site
     branch: str = Field(default=Corrupt.branch, min_length=1)
     strength: Finite = Corrupt.strength
-    seed: int = 0
+    seed: Drawn = 0
 
     @classmethod
     def of(cls, corrupt: Corrupt, steps: int) -> Self:
@@ -117,17 +121,20 @@ class CorruptSpec(SiteChange):
             steps: how many a run has.
 
         Raises:
-            InputError: it acts on some samples of several, or on places that a function finds.
+            InputError: it acts on some samples of several, on places that a function finds, or in no step.
         """
         if corrupt.samples is not None or callable(corrupt.tokens):
             raise InputError(
                 f"{corrupt} is no data: that has neither samples nor a function for tokens. Give numbers."
             )
-        chosen, mask = corrupt.steps, corrupt.mask
+        steps_of, mask = corrupt.steps, corrupt.mask
+        chosen = tuple(range(steps)[steps_of]) if isinstance(steps_of, slice) else steps_of
+        if chosen == ():
+            raise InputError(f"{corrupt} acts in none of the {steps} steps.")
         names = ("site", "branch", "heads", "tokens", "strength", "seed")
         return cls(
             **{name: getattr(corrupt, name) for name in names},
-            steps=tuple(range(steps)[chosen]) if isinstance(chosen, slice) else chosen,  # type: ignore[arg-type]
+            steps=chosen,  # type: ignore[arg-type]
             mask=None if mask is None else _tuples(mask.tolist()),
         )
 
@@ -147,7 +154,7 @@ class SteerSpec(SiteChange):
     """
 
     kind: Literal["steer"] = "steer"
-    pairs: tuple[tuple[str, str], ...] = ()
+    pairs: Annotated[tuple[tuple[str, str], ...], Field(max_length=MOST, fail_fast=True)] = ()
     method: Literal["mean", "pca"] = "mean"
     direction: tuple[Any, ...] | None = None
 
@@ -158,12 +165,17 @@ class SteerSpec(SiteChange):
             return None
         try:
             given = torch.as_tensor(direction, dtype=torch.float32).detach()
+            fits = 0 < given.ndim <= _DEEPEST and 0 < given.numel() <= _NUMBERS
+            right = fits and bool(torch.isfinite(given).all())
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise ValueError(
                 f"a direction is rows of numbers, all of a depth equally long: {error}"
             ) from error
-        if not given.ndim or not given.numel() or not torch.isfinite(given).all():
-            raise ValueError("a direction has at least one number, and all of them are finite")
+        if not right:
+            raise ValueError(
+                f"a direction has from one to {_NUMBERS} finite numbers, in rows of at most {_DEEPEST} axes; "
+                f"this is {describe(given)}"
+            )
         found: tuple[Any, ...] = _tuples(given.tolist())
         return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -17,8 +17,10 @@ from pydantic import (
     model_validator,
 )
 
+from workbench import zoo
 from workbench.errors import InputError
 from workbench.experiments.branching import Fork, acting_in, check_forks, every_fork, first_of
+from workbench.experiments.change import MOST, check_arguments
 from workbench.experiments.changes import AnySpec, check_order
 
 FORMAT = 2
@@ -27,11 +29,11 @@ FORMAT = 2
 CARRIED = "# experiment: "
 """What begins the line of a script that holds its experiment as JSON."""
 
-LARGEST = 16 << 20
+LARGEST = 8 << 20
 """Bytes that the file of an experiment may have."""
 
 _SAID = 5
-_OURS = {"prompt", "seed", "generator", "latents", "capture", "interventions", "listener"}
+_MANY = 100
 
 
 class ExperimentSpec(BaseModel):
@@ -70,13 +72,13 @@ class ExperimentSpec(BaseModel):
     target: str | None = None
     seed: int = 0
     source_seed: int | None = None
-    num_inference_steps: int | None = Field(default=None, ge=1)
+    num_inference_steps: int | None = Field(default=None, ge=1, le=100_000)
     guidance_scale: float | None = Field(default=None, allow_inf_nan=False)
     arguments: dict[str, JsonValue] = Field(default_factory=dict)
     picture: str | None = None
     source_from: int = Field(default=0, ge=0)
-    interventions: tuple[AnySpec, ...] = ()
-    forks: tuple[Fork, ...] = ()
+    interventions: Annotated[tuple[AnySpec, ...], Field(max_length=MOST, fail_fast=True)] = ()
+    forks: Annotated[tuple[Fork, ...], Field(max_length=MOST, fail_fast=True)] = ()
 
     @model_validator(mode="before")
     @classmethod
@@ -84,6 +86,12 @@ class ExperimentSpec(BaseModel):
         """Read what earlier versions wrote, and say so of what a later one did."""
         if not isinstance(given, dict):
             return given
+        own = zoo.settings(str(given.get("model"))) if given.get("model") in zoo.models() else {}
+        further = {name: given[name] for name in own if name in given and name not in cls.model_fields}
+        if further:
+            # What a model of the zoo is at its best with: wb.zoo.settings(…).
+            given = {name: each for name, each in given.items() if name not in further}
+            given["arguments"] = {**further, **(given.get("arguments") or {})}
         told = given.get("format", FORMAT)
         if isinstance(told, int) and told > FORMAT:
             raise ValueError(
@@ -134,9 +142,7 @@ class ExperimentSpec(BaseModel):
     @field_validator("arguments")
     @classmethod
     def _not_ours(cls, arguments: dict[str, JsonValue]) -> dict[str, JsonValue]:
-        taken = sorted(_OURS & set(arguments))
-        if taken:
-            raise ValueError(f"{', '.join(taken)}: fields of the experiment, or what a run is told besides")
+        check_arguments(arguments)
         return arguments
 
     @model_validator(mode="after")
@@ -271,6 +277,8 @@ def _carried(text: str) -> str:
 
 def _wrong(error: ValidationError) -> str:
     """Say what does not fit, in one line."""
+    if error.error_count() > _MANY:
+        return f"{error.error_count()} things in it do not fit"
     found = error.errors(include_url=False, include_context=False)
     said = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}".lstrip(": ") for each in found[:_SAID]]
     more = [f"and {len(found) - _SAID} more"] if len(found) > _SAID else []

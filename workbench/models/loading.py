@@ -66,11 +66,15 @@ def locate(reference: str) -> str:
     if reference in zoo.models():
         return str(zoo.path(reference))
     named = bool(reference.strip())
-    path = Path(reference).expanduser()
+    try:
+        path = Path(reference).expanduser()
+        named = named and path.exists()
+    except (ValueError, RuntimeError) as error:  # a null character; the home of nobody
+        raise UnknownNameError(f"No model {reference!r}: {error}") from error
     if named and path.is_dir():
         read_index(path)
         return str(path)
-    if named and path.exists():
+    if named:
         raise LoadError(f"{path} is a file; give the folder of a pipeline, the one with model_index.json.")
     if reference.count("/") == 1 and not reference.startswith((".", "/", "~")):
         return reference

@@ -346,8 +346,9 @@ class Workbench:
         return pair
 
     def _run_experiment(self, job: Job, experiment: Experiment, allow_code: bool) -> Pair:
-        experiment.check_weights(self.model)
+        experiment.check(self.model, allow_code=allow_code)
         pair, self._allow_code = self._run_pair(job, experiment), allow_code
+        self._settings.keep(experiment)
         found = None if experiment.forks else pair.map.find(experiment.interventions)
         if found is not None:
             window, row, column = found
