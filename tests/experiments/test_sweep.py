@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 
 from tests import tiny
 from tests.watching import as_bytes, forwards_of
 from workbench.errors import InputError, RunStopped, StoreError, UnknownNameError
 from workbench.experiments.experiment import Experiment
+from workbench.experiments.measure import metric
 from workbench.experiments.measured import RunMetric
 from workbench.experiments.metrics import towards
 from workbench.experiments.site_changes import PatchSpec
@@ -35,6 +37,16 @@ def small(**asked):
     pair = PAIR.model_copy(update={"source": "a red circle", "num_inference_steps": 2})
     axes = {"site": [MIDDLE, LATER], "step": range(2), "seed": [0]} | asked.pop("axes", {})
     return Sweep(pair, axes, **{"metrics": ["towards_latents"], "controls": False} | asked)
+
+
+def holding(*changes):
+    """Return what makes the cell of a seed, with changes."""
+
+    def cell(point):
+        told = {"source": "a red circle", "num_inference_steps": 2, "seed": point["seed"]}
+        return Experiment(**{**PAIR.model_dump(), **told, "interventions": changes})
+
+    return cell
 
 
 def test_every_cell_is_measured_under_its_labels(model, whole):
@@ -75,6 +87,44 @@ def test_mean_and_interval_are_over_the_seeds(whole):
     assert (whole.towards_low <= whole.towards_mean).all()
     assert (whole.towards_mean <= whole.towards_high).all()
     assert "Student" in whole.attrs["interval"]
+
+
+def test_what_is_measured_and_what_corrupts_are_of_a_sweeps_identity():
+    def told(**asked):
+        return small(**asked).key
+
+    red, blue = (metric("colour", wanted=wanted) for wanted in ("red", "blue"))
+    to = [metric("ssim", to=which) for which in ("source", "target")]
+    masks = [Corrupt(mask=torch.tensor([[share, 1.0]])) for share in (0.0, 0.5)]
+    keys = [told(metrics=[each]) for each in (red, blue, *to, "pixel")]
+    keys += [told(corrupt=[each]) for each in masks]
+    assert len(set(keys)) == len(keys)
+    assert told(metrics=[metric("colour", wanted="red")]) == keys[0]
+    with pytest.raises(InputError, match="none of the 2 steps"):
+        small(corrupt=[Corrupt(steps=slice(30, None))])
+
+
+def test_a_cell_may_hold_a_module_of_ones_own_where_that_is_allowed(model):
+    own = {"kind": "module", "site": MIDDLE, "module": "torch:tanh"}
+    mean = {"kind": "ablate", "site": LATER, "how": "mean", "references": ["a green circle"]}
+    sweep = small(cell=holding(own, mean), axes={"site": [MIDDLE], "step": [0], "seed": [0, 1]})
+    with pytest.raises(InputError, match="allow_code=True"):
+        sweep.run(model)
+    found = sweep.run(model, allow_code=True)
+    assert "error" not in found
+    assert np.isfinite(found.towards_latents).all()
+    alone = sweep.run_at(model, seed=1, allow_code=True)
+    outcome = sweep.at(seed=1).run(model, allow_code=True)
+    assert as_bytes(alone.latents) == as_bytes(outcome.patched.latents)
+
+
+def test_pictures_that_are_equal_have_an_infinite_ratio_also_on_disk(model, tmp_path):
+    same = {"kind": "scale", "site": MIDDLE, "factor": 1.0}
+    sweep = small(cell=holding(same), metrics=["psnr"], axes={"site": [MIDDLE], "step": [0], "seed": [0, 1]})
+    for _ in range(2):
+        found = sweep.run(model, tmp_path / "kept")
+        assert np.isposinf(found.psnr).all()
+        assert "error" not in found
 
 
 def test_several_seeds_are_the_default():
@@ -245,6 +295,7 @@ def test_without_xarray_the_extra_is_named(monkeypatch, model):
         ({}, {"metrics": ["toward"]}, UnknownNameError, "Did you mean 'towards'"),
         ({}, {"metrics": "towards"}, InputError, "no list of metrics"),
         ({}, {"rows": 0}, InputError, "rows=0"),
+        ({}, {"metrics": [RunMetric("seed", lambda *_: 0.0)]}, InputError, "both called seed"),
         ({}, {"cell": lambda point: point}, InputError, "not an Experiment"),
     ],
 )

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from workbench.errors import InputError, UnknownNameError
 from workbench.experiments.experiment import Experiment
+from workbench.experiments.measure import metric
 from workbench.experiments.sweep import Sweep
 from workbench.interventions.corrupt import Corrupt
 from workbench.models.model import DiffusionModel
@@ -96,8 +98,9 @@ def _order(sweep):
 def test_workbench_script_is_the_sweep(model, tmp_path):
     pytest.importorskip("xarray")
     axes = {**AXES, "colour": ["red"], "site": ["unet.mid_block"]}
-    corrupt = [Corrupt(seed=2, strength=1.0)]
-    sweep = Sweep(PAIR, axes, window="half", metrics=["towards", "psnr"], corrupt=corrupt)
+    corrupt = [Corrupt(seed=2, strength=1.0, mask=torch.ones(24, 1), site="unet.conv_in")]
+    measured = ["towards", "psnr", metric("shape", wanted="circle")]
+    sweep = Sweep(PAIR, axes, window="half", metrics=measured, corrupt=corrupt)
     sweep.export(tmp_path / "script.py", "workbench")
     run(tmp_path, "script.py")
     again = sweep.load(tmp_path / "sweep")

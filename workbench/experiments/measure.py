@@ -45,12 +45,14 @@ class Metric:
         name: its name.
         arguments: what else it was given, as data.
         needs: which other pictures it looks at, ``"target"`` or ``"source"``.
+        own: the user's function that it is, if it is one.
     """
 
     name: str
     arguments: Mapping[str, Any]
     needs: tuple[str, ...]
     function: Callable[..., float] = field(repr=False, compare=False)
+    own: Callable[..., float] | None = field(default=None, repr=False)
 
     def __call__(
         self,
@@ -84,7 +86,7 @@ class Metric:
         Raises:
             InputError: it is a function of the user's own.
         """
-        if self.name not in names():
+        if self.own is not None:
             raise InputError(
                 f"{self.name} is a function of your own, which is no data. With a name there are: "
                 f"{', '.join(names())}."
@@ -111,7 +113,7 @@ def metric(which: str | Callable[..., float], **arguments: Any) -> Metric:
         taken = inspect.signature(which).parameters
         needs = tuple(each for each in PICTURES if each in taken)
         named = partial(_by_name, partial(which, **arguments), needs)
-        return Metric(getattr(which, "__name__", repr(which)), arguments, needs, named)
+        return Metric(getattr(which, "__name__", repr(which)), arguments, needs, named, which)
     if which not in names():
         raise UnknownNameError(f"No metric {which!r}.{nearest(str(which), names())}")
     given, needs = dict(arguments), ()

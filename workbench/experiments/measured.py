@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -28,9 +30,26 @@ class RunMetric:
     pictures: bool = True
 
     @property
-    def known(self) -> bool:
-        """Whether its name alone says what it is."""
-        return self is METRICS.get(self.name) or isinstance(self.of, _Pictured)
+    def code(self) -> str | None:
+        """What a script writes for it; None of a function of one's own."""
+        if self is METRICS.get(self.name):
+            return repr(self.name)
+        if not isinstance(self.of, _Pictured) or self.of.metric.own is not None:
+            return None
+        given = [f"{name}={value!r}" for name, value in self.of.metric.arguments.items()]
+        return f"wb.metric({', '.join([repr(self.of.metric.name), *given])})" if given else repr(self.name)
+
+    @property
+    def definition(self) -> str:
+        """What it measures, as text: its code, or the source of a function and what that is given."""
+        if self.code is not None:
+            return self.code
+        own, given = (self.of, {}) if not isinstance(self.of, _Pictured) else self.of.own
+        try:
+            text = inspect.getsource(own)
+        except (OSError, TypeError):
+            text = f"{getattr(own, '__module__', '')}.{getattr(own, '__qualname__', self.name)}"
+        return f"{text}{given!r}" if given else text
 
 
 def run_metric(named: str | RunMetric | measure.Metric | Callable[..., float]) -> RunMetric:
@@ -58,6 +77,11 @@ class _Pictured:
     """A metric of pictures, taken of three records."""
 
     metric: measure.Metric
+
+    @property
+    def own(self) -> tuple[Callable[..., float], Mapping[str, Any]]:
+        """The function that measures, and what else it is given."""
+        return self.metric.own or self.metric.function, self.metric.arguments
 
     def __call__(self, run: Record, source: Record, target: Record) -> float:
         others = {"target": target, "source": source}

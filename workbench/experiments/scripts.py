@@ -6,6 +6,7 @@ Everything a user typed enters a script through ``repr``, so that a prompt stays
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -90,8 +91,8 @@ def _is_plain(experiment: Experiment) -> bool:
 def _as_data(experiment: Experiment, model: DiffusionModel | None, *, allow_code: bool) -> str:
     given = said(experiment)
     fields = [f"    {name}={literal(value, 4)}," for name, value in given.items()]
-    opened = experiment.model and (model is None or Opening.of(model) == Opening())
-    arguments = [] if opened else ["model"]
+    opening = opening_lines(experiment, model)
+    arguments = ["model"] if opening else []
     if any(isinstance(each, ModuleSpec) for each in experiment.every_change()):
         # Whoever only reads the file of an experiment has not agreed to what it imports.
         arguments += ["allow_code=True"] if allow_code else []
@@ -99,7 +100,7 @@ def _as_data(experiment: Experiment, model: DiffusionModel | None, *, allow_code
     lines = [
         "import workbench as wb",
         "",
-        *([] if opened else _opening(experiment, model)),
+        *opening,
         "experiment = wb.Experiment(",
         *fields,
         ")",
@@ -107,6 +108,12 @@ def _as_data(experiment: Experiment, model: DiffusionModel | None, *, allow_code
         f"outcome.{last}.images[0]",
     ]
     return "\n".join(lines) + "\n"
+
+
+def opening_lines(experiment: Experiment, model: DiffusionModel | None) -> list[str]:
+    """Return what opens a model, where its name alone would not give it as it is open here."""
+    as_saved = experiment.model and (model is None or Opening.of(model) == Opening())
+    return [] if as_saved else _opening(experiment, model)
 
 
 def said(part: BaseModel) -> dict[str, Any]:
@@ -128,6 +135,7 @@ class Code(str):
 
 def literal(value: Any, indent: int = 0) -> str:
     """Write data as Python, in one line or, where that would be long, an entry a line."""
+    value = _sayable(value)
     line = repr(value)
     if len(line) + indent <= _WIDTH or not isinstance(value, (dict, list)) or not value:
         return line
@@ -136,6 +144,15 @@ def literal(value: Any, indent: int = 0) -> str:
     entries = [("" if key is None else f"{key!r}: ") + literal(each, indent + 4) for key, each in pairs]
     start, end = "{}" if isinstance(value, dict) else "[]"
     return "\n".join([start, *(f"{inner}{each}," for each in entries), " " * indent + end])
+
+
+def _sayable(value: Any) -> Any:
+    """Return data with what ``repr`` cannot say, numbers that are not finite, as code."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return Code(f'float("{value}")')
+    if type(value) is dict:
+        return {name: _sayable(each) for name, each in value.items()}
+    return type(value)(map(_sayable, value)) if type(value) in (list, tuple) else value
 
 
 _WIDTH = 80

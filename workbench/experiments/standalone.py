@@ -298,7 +298,7 @@ def shared_code(experiment: Experiment) -> list[str]:
     return [
         f"MODEL = {model_code(experiment.model)}",
         f"REVISION = {experiment.revision!r}",
-        f"SETTINGS = {experiment.settings()!r}",
+        f"SETTINGS = {literal(experiment.settings())}",
         f"THREADS = {torch.get_num_threads()}  # as in the run: on a CPU the last bits depend on it",
     ]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
@@ -12,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.errors import InputError, UnknownNameError, nearest
+from workbench.experiments.change import Runs
 from workbench.experiments.changes import TurnSpec
 from workbench.experiments.experiment import Experiment
 from workbench.experiments.labelled import dataset, label, need_xarray
 from workbench.experiments.measured import RunMetric, run_metric
-from workbench.experiments.site_changes import PatchSpec
+from workbench.experiments.site_changes import CorruptSpec, PatchSpec
 from workbench.experiments.sweeping import Progress, Sweeper
 from workbench.experiments.sweepstore import Result, SweepStore
 from workbench.experiments.together import ROWS
@@ -70,6 +70,7 @@ class Sweep:
         axes: the values of each axis.
         points: every point, the last axis going first.
         cells: the experiment of each point.
+        corrupting: what the target is corrupted with, as data.
 
     Raises:
         InputError, UnknownNameError: axes, windows or metrics that are none, or a cell that is no experiment.
@@ -111,6 +112,7 @@ class Sweep:
         self.window, self.branch = window, branch
         self.metrics = tuple(run_metric(each) for each in metrics)
         self.corrupt = tuple(corrupt)
+        self.corrupting = tuple(CorruptSpec.of(each, experiment.num_inference_steps) for each in corrupt)
         self.controls = controls
         self.cell = cell
         self.rows = rows
@@ -118,6 +120,11 @@ class Sweep:
         if len(set(names)) < len(names):
             raise InputError(
                 f"Two metrics are called alike: {', '.join(names)}. Rename one: RunMetric(name, function)."
+            )
+        if both := set(names) & set(self.axes):
+            raise InputError(
+                f"A metric and an axis are both called {', '.join(sorted(both))}. Rename the metric: "
+                "RunMetric(name, function)."
             )
         self.points = [dict(zip(self.axes, values, strict=True)) for values in product(*self.axes.values())]
         self.cells = [self._checked(point, cell or self._patched) for point in self.points]
@@ -134,8 +141,8 @@ class Sweep:
             "cells": cells.hexdigest(),
             "window": self.window,
             "branch": self.branch,
-            "metrics": {each.name: _source_of(each) for each in self.metrics},
-            "corrupt": [repr(each) for each in self.corrupt],
+            "metrics": {each.name: each.definition for each in self.metrics},
+            "corrupt": [each.model_dump(mode="json") for each in self.corrupting],
             "controls": self.controls,
             "rows": self.rows,
         }
@@ -152,6 +159,7 @@ class Sweep:
         *,
         progress: Callable[[Progress], None] | None = None,
         listener: Listener | None = None,
+        allow_code: bool = False,
     ) -> xarray.Dataset:
         """Run every cell that a folder does not hold yet, and return what was measured.
 
@@ -163,6 +171,7 @@ class Sweep:
                 counts: whenever a sweep dies, the next run goes on from there. None keeps nothing.
             progress: told after each batch; an exception it raises ends the sweep, as Stop does.
             listener: told of each call and tick; likewise.
+            allow_code: whether to import what cells name as modules of one's own, which may run anything.
 
         Returns:
             An ``xarray.Dataset`` over the axes. For a metric ``towards``: ``towards`` of each cell;
@@ -178,7 +187,8 @@ class Sweep:
             UnknownNameError: the model has no such site.
         """
         need_xarray()
-        return dataset(self, self.measure(model, folder, progress=progress, listener=listener))
+        told = {"progress": progress, "listener": listener, "allow_code": allow_code}
+        return dataset(self, self.measure(model, folder, **told))  # type: ignore[arg-type]
 
     def measure(
         self,
@@ -187,10 +197,11 @@ class Sweep:
         *,
         progress: Callable[[Progress], None] | None = None,
         listener: Listener | None = None,
+        allow_code: bool = False,
     ) -> list[Result]:
         """Do what `run` does and return the results as they are committed, for which no xarray is needed."""
         model = self._opened(model)
-        sweeper = Sweeper(self, model, progress=progress, listener=listener)
+        sweeper = Sweeper(self, model, progress=progress, listener=listener, allow_code=allow_code)
         if folder is None:
             return sweeper.run(None)
         with SweepStore(folder, self.key, self.definition).opened() as store:
@@ -221,20 +232,25 @@ class Sweep:
         """
         return self.cells[self._index(labels)]
 
-    def run_at(self, model: DiffusionModel | None = None, **labels: Any) -> Record:
+    def run_at(
+        self, model: DiffusionModel | None = None, *, allow_code: bool = False, **labels: Any
+    ) -> Record:
         """Run one cell by itself: exactly what its experiment gives, with its picture.
 
         Args:
             model: an open model; None opens the one the experiment names.
+            allow_code: as in `run`.
             **labels: as in `at`.
         """
         index = self._index(labels)
         model = self._opened(model)
-        return Sweeper(self, model).alone(index)
+        return Sweeper(self, model, allow_code=allow_code).alone(index)
 
-    def changes_of(self, index: int, source: Record, target: Record) -> list[Intervention]:
-        """Return what a cell changes, bound to its runs."""
-        return self.cells[index].bound(source, target)
+    def changes_of(
+        self, index: int, source: Record, target: Record, *, runs: Runs | None = None
+    ) -> list[Intervention]:
+        """Return what a cell changes, bound to its runs; ``runs`` as in `Experiment.bound`."""
+        return self.cells[index].bound(source, target, runs=runs)
 
     def export(
         self,
@@ -265,7 +281,7 @@ class Sweep:
         if format == "standalone":
             code = sweepcode.standalone_sweep_code(self, model, allow_code=allow_code)
         else:
-            code = sweepcode.workbench_sweep_code(self)
+            code = sweepcode.workbench_sweep_code(self, model)
         return write(as_file(code, Path(path).suffix), path)
 
     def _opened(self, model: DiffusionModel | None) -> DiffusionModel:
@@ -370,13 +386,3 @@ def _hashable(value: Any) -> Any:
 
 def _plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool)) else label(value)
-
-
-def _source_of(measured: RunMetric) -> str:
-    """Return the text of a metric's function, or its name where the text is not at hand."""
-    try:
-        return inspect.getsource(measured.of)
-    except (OSError, TypeError):
-        return (
-            f"{getattr(measured.of, '__module__', '')}.{getattr(measured.of, '__qualname__', measured.name)}"
-        )

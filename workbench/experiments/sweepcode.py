@@ -11,7 +11,7 @@ from workbench.experiments.change import LayerChange, SiteChange
 from workbench.experiments.experiment import Experiment
 from workbench.experiments.labelled import label
 from workbench.experiments.planned import Planner
-from workbench.experiments.scripts import literal, said
+from workbench.experiments.scripts import Code, literal, opening_lines, said
 from workbench.experiments.site_changes import CorruptSpec
 from workbench.experiments.standalone import (
     add_all,
@@ -28,13 +28,17 @@ from workbench.experiments.sweepplan import pairs_of
 from workbench.models.model import DiffusionModel
 
 
-def workbench_sweep_code(sweep: Sweep) -> str:
+def workbench_sweep_code(sweep: Sweep, model: DiffusionModel | None = None) -> str:
     """Return a sweep as Python against the workbench.
+
+    Args:
+        sweep: what to write.
+        model: the model it is of, if that is open: the script opens it as it is open here.
 
     Raises:
         InputError: its cells or metrics are functions, which a script has not.
     """
-    named = [each.name for each in sweep.metrics if each.known]
+    named = [Code(each.code) for each in sweep.metrics if each.code is not None]
     if sweep.cell is not None or len(named) < len(sweep.metrics):
         raise InputError(
             "A script of a sweep has no functions of yours, neither cell= nor metrics: take those that have "
@@ -44,15 +48,18 @@ def workbench_sweep_code(sweep: Sweep) -> str:
         "window": sweep.window,
         "branch": sweep.branch,
         "metrics": named,
-        "corrupt": sweep.corrupt,
+        "corrupt": [_corrupt(each) for each in sweep.corrupting],
         "controls": sweep.controls,
         "rows": sweep.rows,
     }
     fields = [f"    {name}={literal(value, 4)}," for name, value in said(sweep.experiment).items()]
+    opening = opening_lines(sweep.experiment, model)
+    masked = any(each.mask is not None for each in sweep.corrupting) and "import torch" not in opening
     lines = [
+        *(["import torch", ""] if masked else []),
         "import workbench as wb",
-        *(["from workbench import Corrupt"] if sweep.corrupt else []),
         "",
+        *opening,
         "experiment = wb.Experiment(",
         *fields,
         ")",
@@ -61,7 +68,7 @@ def workbench_sweep_code(sweep: Sweep) -> str:
         f"    {literal({name: [*map(_value, values)] for name, values in sweep.axes.items()}, 4)},",
         *(f"    {name}={literal(value, 4)}," for name, value in settings.items()),
         ")",
-        'found = sweep.run(folder="sweep")',
+        f'found = sweep.run({"model, " if opening else ""}folder="sweep")',
         'found.to_dataframe().to_csv("sweep.csv")',
     ]
     return "\n".join(lines) + "\n"
@@ -99,8 +106,7 @@ def standalone_sweep_code(
         told = (cell.source, cell.target)
         if told not in planners:
             planner = planners[told] = _planner(sweep, told, opened, allow_code)
-            own = [CorruptSpec.of(each, planner.steps) for each in sweep.corrupt]
-            corrupting = add_all(changes, planner.planned(own, [], planner.target))
+            corrupting = add_all(changes, planner.planned(sweep.corrupting, [], planner.target))
         planner = planners[told]
         planner.experiment = cell
         found = planner.planned(*_acting(cell, planner), planner.target)
@@ -146,6 +152,14 @@ def _acting(cell: Experiment, planner: Planner) -> tuple[list[SiteChange], list[
     if surveys:
         rerun(planner.target, surveys, cell.runs(planner.source, planner.target))
     return [each for each in acting if isinstance(each, SiteChange)], surveys
+
+
+def _corrupt(spec: CorruptSpec) -> Code:
+    """Return what corrupts a target as code."""
+    told = {name: value for name, value in said(spec).items() if name != "kind"}
+    if spec.mask is not None:
+        told["mask"] = Code(f"torch.tensor({spec.mask!r})")
+    return Code(f"wb.Corrupt({', '.join(f'{name}={value!r}' for name, value in told.items())})")
 
 
 def _value(value: Any) -> Any:

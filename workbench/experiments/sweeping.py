@@ -13,8 +13,10 @@ import psutil
 import torch
 
 from workbench.errors import BusyError, RunStopped, WorkbenchError
+from workbench.experiments.change import Runs
 from workbench.experiments.experiment import Experiment
 from workbench.experiments.kept import Kept
+from workbench.experiments.site_changes import ModuleSpec
 from workbench.experiments.sweepplan import CELL, FLOOR, IDENTITY, RANDOM, Trial, pairs_of, plan
 from workbench.experiments.sweepstore import Batch, Result, SweepStore
 from workbench.experiments.together import fork_rows, goes_together
@@ -78,10 +80,17 @@ class Pair:
         source = experiment.run_source(model, clean, listener=listener)
         self.source = Kept(source, experiment.source_from, budget, listener)
         self.itself = Kept(self.target, 0, budget, listener)
+        self._runs: Runs | None = None
 
     def other(self, model: DiffusionModel, seed: int, listener: Listener | None) -> Record:
         """Return the target's run with another seed."""
         return self._target(model, seed, listener)
+
+    def runs(self, allow_code: bool) -> Runs:
+        """Return what the changes of all cells take from: runs of other prompts are made once."""
+        if self._runs is None:
+            self._runs = self.experiment.runs(self.source.record, self.target, allow_code=allow_code)
+        return self._runs
 
     @cached_property
     def prints(self) -> tuple[float, ...]:
@@ -114,6 +123,7 @@ class Sweeper:
         model: the model.
         progress: told after each batch.
         listener: told how the runs go on.
+        allow_code: whether cells may import modules of one's own.
     """
 
     def __init__(
@@ -123,8 +133,10 @@ class Sweeper:
         *,
         progress: Callable[[Progress], None] | None = None,
         listener: Listener | None = None,
+        allow_code: bool = False,
     ) -> None:
         self.sweep, self.model = sweep, model
+        self._allow_code = allow_code
         self._progress, self._listener = progress, listener
         self._pair_of = pairs_of(sweep.cells)
         self._pairs: dict[int, Pair] = {}
@@ -137,9 +149,13 @@ class Sweeper:
 
         Raises:
             UnknownNameError: the model has no such site; nothing was run.
+            InputError: a cell would import something that nobody said may be; likewise.
         """
         for site in dict.fromkeys(site for each in self.sweep.cells for site in each.captures()):
             resolve(self.model.components, Site.parse(site).path)
+        for change in (change for each in self.sweep.cells for change in each.interventions):
+            if isinstance(change, ModuleSpec):
+                change.check_trusted(self._allow_code)
         done = {} if store is None else store.read()
         found: list[Result] = []
         self._note(found, [result for batch in done.values() for result in batch.results])
@@ -227,7 +243,8 @@ class Sweeper:
 
     def _changes(self, trial: Trial) -> list[Intervention]:
         pair = self._pair(trial.cell)
-        changes = self.sweep.changes_of(trial.cell, pair.source.record, pair.target)
+        runs = pair.runs(self._allow_code)
+        changes = self.sweep.changes_of(trial.cell, pair.source.record, pair.target, runs=runs)
         if trial.kind == RANDOM:
             patches = [each for each in changes if isinstance(each, Patch)]
             changes = [RandomDirection.of(each, seed=trial.cell) for each in patches]
@@ -263,7 +280,7 @@ class Sweeper:
         values = {
             each.name: float(each.of(record, pair.source.record, pair.target)) for each in self.sweep.metrics
         }
-        wrong = [name for name, value in values.items() if not math.isfinite(value)]
+        wrong = [name for name, value in values.items() if math.isnan(value)]
         return Result(
             kind=trial.kind,
             cell=trial.cell,

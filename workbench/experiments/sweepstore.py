@@ -35,7 +35,7 @@ class Result(BaseModel):
         error: why there are no values, or None.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
     kind: str
     cell: int
@@ -53,7 +53,7 @@ class Batch(BaseModel):
         prints: of each pair of runs, some numbers by which to know them again.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
     sweep: str
     number: int
@@ -130,7 +130,7 @@ class SweepStore:
         Raises:
             StoreError: it cannot be written.
         """
-        self._write(f"batch-{batch.number:06}.json", batch.model_dump(mode="json"))
+        self._write(f"batch-{batch.number:06}.json", json.loads(batch.model_dump_json()))
 
     def check_prints(self, known: Sequence[float], made: Sequence[float]) -> None:
         """Refuse to go on with runs that are not what they were.

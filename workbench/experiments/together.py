@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -26,6 +27,9 @@ _CLOSE = 1e-4
 
 _LOOK_BACK = 3
 """Steps from the end in which rows are compared with a run: noise that is drawn shows in any but the last."""
+
+_ROOM: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+"""How many rows a model had memory for, of those that had not for more."""
 
 Item = TypeVar("Item")
 
@@ -59,11 +63,14 @@ def fork_rows(
         torch.OutOfMemoryError: memory does not do for one alone.
     """
     told: dict[str, Any] = {"pictures": pictures, "listener": listener}
-    try:
-        return _fork_rows(targets, changes, step, **told)
-    except torch.OutOfMemoryError:
-        if len(targets) == 1:
-            raise
+    model = targets[0].model
+    if len(targets) <= _ROOM.get(model, len(targets)):
+        try:
+            return _fork_rows(targets, changes, step, **told)
+        except torch.OutOfMemoryError:
+            if len(targets) == 1:
+                raise
+            _ROOM[model] = len(targets) // 2
     # Only out here has the error let go of what the run held.
     half = len(targets) // 2
     parts = (slice(half), slice(half, None))
@@ -109,7 +116,7 @@ def goes_together(target: Record) -> bool:
     step = max(0, target.ledger.steps - _LOOK_BACK)
     own = list(target.spec.interventions)
     try:
-        rows = fork_rows([target, target], [own, own], step, pictures=False)
+        rows = _fork_rows([target, target], [own, own], step, pictures=False, listener=None)
     except (InputError, TypeError, ValueError, RuntimeError):
         # What a pipeline makes of arguments side by side is its own affair; runs of their own always go.
         return False
