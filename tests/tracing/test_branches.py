@@ -88,6 +88,15 @@ def test_guidance_of_more_ways_is_named(build, arguments, branches):
     assert torch.equal(torch.cat(parts), whole)
 
 
+def test_a_call_after_one_of_both_branches_is_a_further_way():
+    model = DiffusionModel(tiny.sd3())
+    asked = {"skip_guidance_layers": [0], "skip_layer_guidance_stop": 0.5, "guidance_scale": 3.0}
+    record = model.record("a red circle", seed=0, num_inference_steps=6, max_sequence_length=8, **asked)
+    both, further = ("uncond", "cond"), ("guide1",)
+    assert [row.branches for row in record.ledger] == [both, both, further, both, further, both, both, both]
+    assert record.ledger.steps == 6
+
+
 def test_each_way_of_the_batch_is_what_its_name_says():
     """Put together by the formula of guidance by words and image, they give what the scheduler was handed."""
     pipeline = tiny.pix2pix()

@@ -48,6 +48,7 @@ class Branches:
         self._encodings: list[_Encoding] = []
         self._given = None if given is None else tuple(given)
         self._orders: dict[str, tuple[str, ...]] = {}
+        self._several = False
 
     def attach(self, rig: Rig) -> None:
         """Watch what the text encoders make of the words: it tells the branches of a batch apart."""
@@ -71,12 +72,17 @@ class Branches:
         """
         if self.label is not None and self.label != _BOTH:
             return (self.label.removeprefix("pred_"),)
+        self._several = self._several and earlier > 0
         sample = args[0] if args else next(iter(kwargs.values()), None)
         batch = sample.shape[0] if isinstance(sample, torch.Tensor) and sample.ndim else 1
         if self.rows is not None and batch % self.rows == 0 and batch > self.rows:
             if component not in self._orders:
                 self._orders[component] = self._order(args, kwargs, self.rows, batch // self.rows)
+            self._several = True
             return self._orders[component]
+        if self._several:
+            # One more way of guidance after a call of several: with layers skipped, in SD3.
+            return (f"guide{earlier}",)
         if self._given is not None:
             return (self._given[earlier] if earlier < len(self._given) else f"guide{earlier}",)
         spoken = self._spoken(args, kwargs)
