@@ -137,6 +137,16 @@ def test_a_stopped_run_keeps_what_was_seen(model, plain):
     assert as_bytes(model.record(**RUN).images) == as_bytes(plain.images)
 
 
+def test_a_run_whose_end_is_not_known_stops_too():
+    case = tiny.FAMILIES["stable-cascade"]
+    with DiffusionModel(case.build()).generate(**case.arguments, seed=0) as run:
+        for step in run.steps:
+            if step.step == 1:
+                run.stop()
+    assert run.stopped
+    assert len(run.ledger) < len(DiffusionModel(case.build()).record(**case.arguments, seed=0).ledger)
+
+
 def test_a_name_that_is_no_method_names_the_nearest(model):
     with pytest.raises(UnknownNameError, match=r"no module or method 'latent'.*'latents'"):
         model.record(**RUN, capture=["latent"])

@@ -252,6 +252,7 @@ def test_calls_may_be_gone_through_without_reading():
     model = DiffusionModel(tiny.sd1(HeunDiscreteScheduler))
     with generate(model) as run:
         assert [(row.call, row.step) for row in run.calls] == list(enumerate([0, 0, 1, 1, 2, 2, 3]))
+    assert len(run.calls) == len(run.ledger) == 7
 
 
 def test_a_value_of_one_call_is_not_taken_for_the_nexts():
@@ -639,6 +640,7 @@ def test_the_pipeline_runs_without_gradients_whatever_the_block_does(model, whol
         for row in run.steps:
             with torch.enable_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
                 value = model.unet.mid_block.output
+                assert torch.is_autocast_enabled("cpu")
             assert not value.requires_grad
             assert torch.equal(value, whole["unet.mid_block"][row.step])
     assert as_bytes(run.latents) == as_bytes(whole.latents)

@@ -131,7 +131,7 @@ class Attention:
         try:
             with run.watching():
                 yield
-        except Exception as error:
+        except BaseException as error:
             if not isinstance(error, RunStopped):
                 del self._runs[id(session.record)]
             raise

@@ -10,6 +10,9 @@ import torch
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils import _python_dispatch as dispatch
 
+_DEVICES = ("cpu", "cuda")
+"""Kinds of device that have an autocast of their own."""
+
 
 def _function_modes() -> list[Any]:
     return list(_get_current_function_mode_stack())  # type: ignore[no-untyped-call]
@@ -17,6 +20,12 @@ def _function_modes() -> list[Any]:
 
 def _dispatch_modes() -> list[Any]:
     return list(dispatch._get_current_dispatch_mode_stack())
+
+
+def _autocast() -> list[tuple[str, bool, torch.dtype]]:
+    return [
+        (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in _DEVICES
+    ]
 
 
 def drop_modes(modes: Sequence[Any]) -> None:
@@ -34,7 +43,7 @@ def drop_modes(modes: Sequence[Any]) -> None:
 
 @dataclass
 class Ambient:
-    """Grad mode, CPU autocast, the stacks of torch function and dispatch modes of one side.
+    """Grad mode, autocast by device, the stacks of torch function and dispatch modes of one side.
 
     Attributes:
         noise: the state of torch's own random numbers, where each side has its own; else None.
@@ -43,14 +52,16 @@ class Ambient:
     noise: torch.Tensor | None = None
 
     grad: bool = field(default_factory=torch.is_grad_enabled)
-    autocast: bool = field(default_factory=lambda: torch.is_autocast_enabled("cpu"))
+    autocast: list[tuple[str, bool, torch.dtype]] = field(default_factory=_autocast)
     function_modes: list[Any] = field(default_factory=_function_modes)
     dispatch_modes: list[Any] = field(default_factory=_dispatch_modes)
 
     def restore(self) -> None:
         """Make this the thread's state."""
         torch.set_grad_enabled(self.grad)
-        torch.set_autocast_enabled("cpu", self.autocast)
+        for device, enabled, dtype in self.autocast:
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)
         if self.noise is not None:
             torch.set_rng_state(self.noise)
         if _dispatch_modes() != self.dispatch_modes:

@@ -147,10 +147,12 @@ class Trace:
         return row.sigma
 
     @property
-    def calls(self) -> Iterator[Row]:
-        """The run's denoiser calls, where a step has several: each guidance branch, each half of a step."""
-        while not self.ended and (row := self.go_to_next_call()) is not None:
-            yield row
+    def calls(self) -> Any:
+        """In the block: go from denoiser call to call, of which a step may have several.
+
+        Each guidance branch, each half of a step. After the block: what the record has of each call.
+        """
+        return self.record.calls if self.ended else self._each_call()
 
     @property
     def ticks(self) -> Any:
@@ -160,9 +162,13 @@ class Trace:
         """
         return self.record.ticks if self.ended else self._each_tick()
 
+    def _each_call(self) -> Iterator[Row]:
+        while not self.ended and (row := self.go_to_next_call()) is not None:
+            yield row
+
     def _each_tick(self) -> Iterator[Row]:
         last = None
-        for row in self.calls:
+        for row in self._each_call():
             if row.tick != last:
                 last = row.tick
                 yield row

@@ -58,6 +58,8 @@ class Steps:
                 "before its last stage. Count from 0; the first stage's steps come first."
             )
         for step in wanted:
+            if self._trace.stopped:
+                return
             if isinstance(chosen, slice) and chosen.stop is not None and step >= chosen.stop:
                 break
             try:
