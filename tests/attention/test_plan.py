@@ -52,6 +52,19 @@ def test_the_bytes_are_those_of_the_maps(name, asked):
     assert plan.fits
 
 
+@pytest.mark.parametrize("asked", [{}, {"reduce": ["heads", "steps"]}])
+def test_of_two_denoisers_each_is_reckoned_with_its_own_calls(asked):
+    model, arguments = opened("wan22")
+    request = Attention(**asked)
+    maps = model.record(**arguments, seed=0, capture=[request]).attention
+    assert {path.partition(".")[0] for path in maps.layers} == {"transformer", "transformer_2"}
+    tight = Attention(**asked, budget=size(maps))
+    again = model.record(**arguments, seed=0, capture=[tight]).attention
+    assert size(again) == size(maps)
+    with pytest.raises(InputError, match="nothing was kept"):
+        model.record(**arguments, seed=0, capture=[Attention(**asked, budget=size(maps) // 4)])
+
+
 @pytest.mark.parametrize("scheduler", ["PNDMScheduler", "HeunDiscreteScheduler", "DDIMScheduler"])
 def test_the_calls_are_those_the_scheduler_makes(scheduler):
     import diffusers

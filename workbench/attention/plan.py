@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
-import psutil
 import torch
 
 from workbench.attention.geometry import IMAGE_TO_IMAGE, IMAGE_TO_TEXT
 from workbench.attention.reduction import ALL_LAYERS
 from workbench.attention.request import Attention
 from workbench.errors import InputError
+from workbench.tracing.memory import free_memory
 
 _SHARE_OF_MEMORY = 0.25
+
+T = TypeVar("T", int, float)
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class Plan:
     @property
     def seconds(self) -> float:
         """What computing them adds to the run; what was not measured is reckoned from what was."""
-        return self.calls * sum(each for _, _, each in self._costs())
+        return self.calls * _most((path, each) for path, _, each in self._costs())
 
     @property
     def fits(self) -> bool:
@@ -129,7 +133,7 @@ class Plan:
 
 def default_budget() -> int:
     """Return a quarter of the memory that is free, in bytes."""
-    return int(psutil.virtual_memory().available * _SHARE_OF_MEMORY)
+    return int(free_memory() * _SHARE_OF_MEMORY)
 
 
 def bytes_of(asked: Attention, layers: Sequence[LayerCost], calls: int) -> int:
@@ -142,7 +146,6 @@ def bytes_of(asked: Attention, layers: Sequence[LayerCost], calls: int) -> int:
     """
     reduced = asked.reductions
     stored = torch.empty((), dtype=asked.dtype).element_size()
-    each_call = 1 if "steps" in reduced else calls
     # What is added up is float32 until it is done.
     size = 4 if {"steps", "layers"} & set(reduced) else stored
     indices = 8 if asked.top is not None else 0
@@ -156,7 +159,17 @@ def bytes_of(asked: Attention, layers: Sequence[LayerCost], calls: int) -> int:
             places = min(asked.top, places)
         name = ALL_LAYERS if "layers" in reduced else layer.path
         counted[name, tokens, places] = heads * tokens * places * (size + indices)
-    return each_call * sum(counted.values())
+    if "steps" in reduced:
+        return sum(counted.values())
+    return calls * _most((path, size) for (path, *_), size in counted.items())
+
+
+def _most(of_layers: Iterable[tuple[str, T]]) -> T | int:
+    """Return what a call comes to at most: it is of one component, and so are the layers in it."""
+    components: dict[str, Any] = defaultdict(int)
+    for path, each in of_layers:
+        components[path.partition(".")[0]] += each
+    return max(components.values(), default=0)
 
 
 def human(size: float) -> str:

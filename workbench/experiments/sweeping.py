@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-import psutil
 import torch
 
 from workbench.errors import BusyError, RunStopped, WorkbenchError
@@ -24,6 +23,7 @@ from workbench.interventions.control import RandomDirection
 from workbench.interventions.intervention import Intervention
 from workbench.interventions.patch import Patch
 from workbench.models.model import DiffusionModel
+from workbench.tracing.memory import free_memory
 from workbench.tracing.record import Record
 from workbench.tracing.session import Listener
 from workbench.tracing.sites import Site, resolve
@@ -191,7 +191,7 @@ class Sweeper:
 
     def _new_pair(self, pair: int, beside: int) -> Pair:
         experiment = self.sweep.cells[self._pair_of.index(pair)].plain()
-        budget = int(psutil.virtual_memory().available * _SHARE_OF_MEMORY / (2 * beside))
+        budget = int(free_memory() * _SHARE_OF_MEMORY / (2 * beside))
         return Pair(self.sweep, experiment, self.model, budget, self._listener)
 
     def _pair(self, cell: int) -> Pair:

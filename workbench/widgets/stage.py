@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
-import psutil
 import torch
 from PIL import Image
 
@@ -23,6 +22,7 @@ from workbench.models.decoding import Decoder, is_image_run
 from workbench.models.model import DiffusionModel
 from workbench.models.outline import patch_sites
 from workbench.models.shapes import Shapes
+from workbench.tracing.memory import free_memory
 from workbench.tracing.record import Record
 from workbench.tracing.session import Listener
 from workbench.zoo import shapes
@@ -80,7 +80,7 @@ class Stage:
         self.model.shapes = seen.text()
         sites = patch_sites(self.model.denoisers, seen)
         needed = sum(seen.bytes[site.path] for site in sites) * len(target.ledger)
-        fits = needed <= psutil.virtual_memory().available * _SHARE_OF_MEMORY
+        fits = needed <= free_memory() * _SHARE_OF_MEMORY
         listener.label = "source"
         kept = (*experiment.captures(), *(map(str, sites) if fits else ()))
         source = self._with_attention(
