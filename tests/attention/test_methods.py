@@ -41,6 +41,11 @@ def test_daam_is_the_mean_of_what_every_layer_and_step_says(reduce):
     assert found.shape == (16, 16)
     assert torch.allclose(found, torch.cat(large).mean(0), atol=1e-7)
     assert not torch.allclose(found, wb.daam(maps, "circle", size=SIZE), atol=1e-7)
+    for parts in ({"layer": maps.layers}, {"step": maps.steps}):
+        ((axis, names),) = parts.items()
+        each = torch.stack([wb.daam(maps, "red", size=SIZE, **{axis: name}) for name in names])
+        assert torch.allclose(each.mean(0), found, atol=1e-7)
+        assert each.std(0).max() > 1e-5
     with pytest.raises(UnknownNameError, match="no word"):
         wb.daam(maps, "green", size=SIZE)
     own = model.record(**arguments, seed=0, capture=[wb.Attention(block="image->image")]).attention

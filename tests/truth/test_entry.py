@@ -26,7 +26,8 @@ def test_each_method_names_a_layer():
     asked = zoo.settings(MODELS[-1]) | {"num_inference_steps": 6}
     found = named_layers(model, seeds=[0], prompts=red_circle_prompts(2), **asked)
     assert set(found) == {"patched keys and values", "raw weights", "ConceptAttention"}
-    assert all(layer.startswith("unet.") for layer in found.values())
+    assert found["patched keys and values"] == found["ConceptAttention"] == f"unet.{PLANTED}"
+    assert found["raw weights"].startswith("unet.")
 
 
 def test_prompts_have_one_red_circle_and_nothing_else_red():

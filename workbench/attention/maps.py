@@ -93,7 +93,7 @@ class AttentionMaps:
         if self.places:
             raise InputError("Of chosen queries there is no picture. Read layers[…], or keep all queries.")
         columns = list(find(self.words, word).columns)
-        chosen = self._chosen(layer, step)
+        chosen = self.chosen(layer, step)
         return mean_map(
             [as_image(self._tokens(name, calls, head)[columns].sum(0), size) for name, calls in chosen]
         )
@@ -130,7 +130,7 @@ class AttentionMaps:
                 f"{self.block} was kept; ask for Attention(block='image->image', pixels=[({x}, {y})])."
             )
         maps = []
-        for name, calls in self._chosen(layer, step):
+        for name, calls in self.chosen(layer, step):
             weights = self._tokens(name, calls, head)
             shape = _shape(weights.shape[-1], size)
             kept = torch.tensor(self.places.get(name, tuple(range(weights.shape[0]))))
@@ -165,8 +165,17 @@ class AttentionMaps:
             )
         return values.mean(0) if head is None else values[kept.index(head)]
 
-    def _chosen(self, layer: str | None, step: int | None) -> list[tuple[str, list[int]]]:
-        """Return which layers, and of each which calls, are meant."""
+    def chosen(self, layer: str | None, step: int | None) -> list[tuple[str, list[int]]]:
+        """Return which layers, and of each which calls, are meant.
+
+        Args:
+            layer: one module's path; None is all.
+            step: one step, of which the last call counts; None is all that were kept.
+
+        Raises:
+            UnknownNameError: no such layer.
+            InputError: no such step, or nothing was kept.
+        """
         if layer is not None and layer not in self.layers:
             raise UnknownNameError(f"No attention map of {layer!r}.{nearest(layer, self.layers)}")
         if not self.layers:

@@ -10,7 +10,14 @@ from workbench.attention.words import find
 from workbench.errors import InputError
 
 
-def daam(maps: AttentionMaps, word: Asked, *, size: tuple[int, int]) -> torch.Tensor:
+def daam(
+    maps: AttentionMaps,
+    word: Asked,
+    *,
+    size: tuple[int, int],
+    layer: str | None = None,
+    step: int | None = None,
+) -> torch.Tensor:
     """Return a word's map by DAAM (Tang et al., 2023, arXiv:2210.04885).
 
     Every layer's map of every step is brought to the picture's size bicubically, what falls below zero by it
@@ -21,22 +28,26 @@ def daam(maps: AttentionMaps, word: Asked, *, size: tuple[int, int]) -> torch.Te
         maps: of ``image->text``, of all layers and steps that are to count, heads reduced or not.
         word: the word or phrase; of several tokens the mean, as in the original.
         size: ``(width, height)`` of the image.
+        layer: one layer's alone, by its path; None is all.
+        step: one step's alone; None is all.
 
     Returns:
         Weights, ``(height, width)`` float32.
 
     Raises:
-        UnknownNameError: no such word.
-        InputError: another block was kept, or no attention at all.
+        UnknownNameError: no such word or layer.
+        InputError: another block was kept, no such step, or no attention at all.
     """
     if maps.block != IMAGE_TO_TEXT:
         raise InputError(f"DAAM is of 'image->text'; these maps are of {maps.block!r}.")
     columns, whole = list(find(maps.words, word).columns), (size[1], size[0])
     found = [
         resize(as_image(each[columns].float().mean(0), size), whole, "bicubic").clamp(min=0)
-        for layer, weights in maps.layers.items()
-        for each in (weights if "heads" in maps.reduced else weights.float().mean(1))
+        for name, calls in maps.chosen(layer, step)
+        for each in _without_heads(maps, maps.layers[name][calls])
     ]
-    if not found:
-        raise InputError("No attention was kept in this run.")
     return torch.stack(found).mean(0)
+
+
+def _without_heads(maps: AttentionMaps, weights: torch.Tensor) -> torch.Tensor:
+    return weights if "heads" in maps.reduced else weights.float().mean(1)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -103,13 +104,15 @@ def compare_methods(
 def _maps(
     raw: AttentionMaps, concepts: AttentionMaps, word: str, size: tuple[int, int]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Give each method's map, and the raw weights' by layer and by step."""
-    yield RAW, raw.map(word, size=size)
-    yield DAAM, daam(raw, word, size=size)
-    yield CONCEPTS, concepts.map(word, size=size)
-    for layer in raw.layers:
-        yield f"{BY_LAYER}{layer}", raw.map(word, size=size, layer=layer)
-    for layer in concepts.layers:
-        yield f"{CONCEPTS}, {layer}", concepts.map(word, size=size, layer=layer)
-    for step in raw.steps:
-        yield f"step {step}, {RAW}", mean_map([raw.map(word, size=size, step=step)])
+    """Give each method's map: of all layers and steps, of each layer and of each step."""
+    methods: dict[str, tuple[AttentionMaps, Callable[..., torch.Tensor]]] = {
+        RAW: (raw, raw.map),
+        DAAM: (raw, partial(daam, raw)),
+        CONCEPTS: (concepts, concepts.map),
+    }
+    for name, (maps, made) in methods.items():
+        yield name, made(word, size=size)
+        for layer in maps.layers:
+            yield f"{name}, {layer}", made(word, size=size, layer=layer)
+        for step in maps.steps:
+            yield f"step {step}, {name}", mean_map([made(word, size=size, step=step)])
