@@ -39,10 +39,10 @@ Sites = Annotated[
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Noise seed.")]
 StepCount = Annotated[
-    int | None, typer.Option("--steps", help="Denoising steps; the pipeline's own unless given.")
+    int | None, typer.Option("--steps", help="Denoising steps; the model's own unless given.")
 ]
 Guidance = Annotated[
-    float | None, typer.Option("--guidance", help="Guidance scale; the pipeline's own unless given.")
+    float | None, typer.Option("--guidance", help="Guidance scale; the model's own unless given.")
 ]
 
 
@@ -71,7 +71,8 @@ def record(
     Example: workbench record shapes-unet "a red circle" --out run --capture unet.mid_block --steps 20
     """
     given: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}
-    arguments = {name: value for name, value in given.items() if value is not None}
+    own = wb.zoo.settings(model) if model in wb.zoo.models() else {}
+    arguments = {**own, **{name: value for name, value in given.items() if value is not None}}
     run = wb.DiffusionModel(model).record(prompt, seed=seed, capture=capture or [], **arguments)
     typer.echo(f"{run.save(out)}: {run.ledger.steps} steps, {len(run.ledger)} calls")
 
