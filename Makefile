@@ -30,7 +30,7 @@ setup: $(STATIC)/.stamp  ## .venv with pinned versions, and the built front end
 lab: setup  ## JupyterLab on the tour (more arguments: LAB_ARGS=...)
 	$(BIN)/jupyter lab $(ALLOW_ROOT) $(LAB_ARGS) notebooks/00_tour.ipynb
 
-test: setup $(STAMPS)/quantised  ## every test but the long runs (more arguments: PYTEST_ARGS=...)
+test: setup $(STAMPS)/beside  ## every test but the long runs (more arguments: PYTEST_ARGS=...)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: setup  ## lint, formatting, strict typing, import contract, pins
@@ -43,7 +43,7 @@ check: setup  ## lint, formatting, strict typing, import contract, pins
 bench: setup  ## ratios against the bare pipeline
 	$(BIN)/python -m tests.benchmarks
 
-soak: setup $(STAMPS)/quantised  ## longer runs of the tests, results kept in tests/artifacts/soak
+soak: setup $(STAMPS)/beside  ## longer runs of the tests, results kept in tests/artifacts/soak
 	mkdir -p tests/artifacts/soak
 	$(BIN)/python -m pytest -m "soak or hypothesis" --hypothesis-profile=soak --hypothesis-show-statistics \
 		--timeout=0 --junitxml=tests/artifacts/soak/$$(date -u +%Y%m%dT%H%M%SZ).xml $(PYTEST_ARGS)
@@ -73,9 +73,9 @@ $(STAMPS)/python: $(STAMPS)/torch-$(TORCH) $(CONSTRAINTS) pyproject.toml
 	$(PIP) install -c $(CONSTRAINTS) --no-build-isolation -e '.[dev]'
 	@touch $@
 
-# Beside the rest: where it is found, every import of diffusers is slower and has much to say.
-$(STAMPS)/quantised: $(STAMPS)/python
-	$(PIP) install -c $(CONSTRAINTS) --no-deps --upgrade --target $(VENV)/quantised torchao
+# Beside the rest: where they are found, every import of diffusers is slower and has much to say.
+$(STAMPS)/beside: $(STAMPS)/python
+	$(PIP) install -c $(CONSTRAINTS) --no-deps --upgrade --target $(VENV)/beside torchao peft torchsde trampoline
 	@touch $@
 
 $(MODULES)/.stamp: $(WIDGETS)/package.json $(WIDGETS)/package-lock.json | $(STAMPS)/python

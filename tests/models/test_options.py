@@ -1,13 +1,9 @@
 """Options of ``from_pretrained``: each reaches what it is for; what is unsafe must be asked for by name."""
 
 import json
-import os
 import pickle
 import shutil
-import subprocess
-import sys
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,12 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from tests import tiny
+from tests.beside import needs_beside, run_beside
 from workbench.errors import InputError, LoadError, UnknownNameError
 from workbench.models.model import DiffusionModel
 from workbench.models.options import renamed
-
-REPOSITORY = Path(__file__).parents[2]
-QUANTISED = Path(sys.prefix) / "quantised"
 
 
 @pytest.fixture(scope="module")
@@ -128,19 +122,9 @@ def test_what_an_option_cannot_be_is_said(saved, options, error, said):
         opened(saved, **options)
 
 
-@pytest.mark.skipif(not QUANTISED.exists(), reason="torchao, which `make test` puts there, is not installed")
+@needs_beside
 def test_quantised_weights_are_traced_and_captured():
-    """In a process of its own: beside torchao every import of diffusers is slower and has much to say."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "tests/models/quantised.py"],
-        cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(QUANTISED)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert "1 passed" in done.stdout
+    assert "1 passed" in run_beside("tests/models/quantised.py")
 
 
 def test_a_variant_is_opened(folder):
