@@ -292,3 +292,22 @@ def test_runs_of_two_models_at_once_see_each_their_own():
         assert each.attention.layers.keys() == alone.attention.layers.keys()
         for path, maps in each.attention.layers.items():
             assert torch.equal(maps, alone.attention.layers[path])
+
+
+def test_a_frame_is_chosen_where_each_is_attended_to_by_itself():
+    case = tiny.FAMILIES["animatediff"]
+    model = DiffusionModel(case.build())
+    path = next(iter(model.record(**case.arguments, seed=0, capture=[Attention()]).attention.layers))
+    found = []
+    for frame in (0, 1):
+        asked = [Attention(sites=[path], frame=frame, reduce=[]), f"{path}:query", f"{path}:key"]
+        record = model.record(**case.arguments, seed=0, capture=asked)
+        query, key = (record.at(f"{path}:{port}", step=1, branch="cond")[frame] for port in ("query", "key"))
+        exact = torch.softmax(query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5, -1)
+        found.append(record.attention.layers[path][1])
+        assert (found[-1] - exact.transpose(-1, -2)).abs().max() <= TOLERANCE
+    assert (found[0] - found[1]).abs().max() > TOLERANCE
+    with pytest.raises(InputError, match="2 frames by themselves"):
+        model.record(**case.arguments, seed=0, capture=[Attention(frame=2)])
+    with pytest.raises(InputError, match="no frame"):
+        Attention(frame=-1)

@@ -212,7 +212,13 @@ class Run:
         rows = row.rows(self.asked.branch, query.shape[0])
         many = rows.stop - rows.start
         alone = row.samples is None or many % row.samples
-        first = rows.start if alone else rows.start + row.rows_of([self.asked.sample], many)[0]
+        frames = [0] if alone else row.rows_of([self.asked.sample], many)
+        if self.asked.frame >= len(frames):
+            raise InputError(
+                f"frame={self.asked.frame}: a layer attends to {len(frames)} frames by themselves, counted "
+                "from 0."
+            )
+        first = rows.start + frames[self.asked.frame]
         one = slice(first, first + 1)
         if mask is not None and mask.ndim == 4 and mask.shape[0] == query.shape[0]:
             mask = mask[one]

@@ -196,6 +196,7 @@ def spelled(asked: Attention) -> str:
         "reduce",
         "top",
         "sample",
+        "frame",
         "dtype",
     )
     given = [

@@ -48,6 +48,8 @@ class Attention:
             then brought to the finest.
         top: keep the so many largest keys of each query and which they are; None is all.
         sample: of which of the run's samples.
+        frame: of which of its frames, where each is attended to by itself (AnimateDiff); where attention is
+            of all frames at once there is the first alone, which has them all.
         budget: bytes that the maps may take; None is a quarter of the memory that is free. A run that
             would need more stops in its first call, before anything is kept, with a narrower request.
     """
@@ -64,6 +66,7 @@ class Attention:
     reduce: Mapping[str, str] | Sequence[str] = ("heads",)
     top: int | None = None
     sample: int = 0
+    frame: int = 0
     budget: int | None = None
     _runs: dict[int, Run] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -90,6 +93,8 @@ class Attention:
             raise InputError("queries and pixels choose the same thing. Give one of them.")
         if self.block not in (IMAGE_TO_TEXT, IMAGE_TO_IMAGE) and self.queries_chosen:
             raise InputError(f"The queries of {self.block!r} are text: choose them by words.")
+        if not isinstance(self.frame, int) or self.frame < 0:
+            raise InputError(f"frame={self.frame!r} is no frame. Frames are counted from 0.")
         if self.top is not None and (not isinstance(self.top, int) or self.top < 1):
             raise InputError(f"top={self.top!r} is no number of keys. Give 1 or more, or None for all.")
         if self.top is not None and set(self.reduce) - {"heads"}:
