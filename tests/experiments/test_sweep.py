@@ -89,6 +89,24 @@ def test_mean_and_interval_are_over_the_seeds(whole):
     assert "Student" in whole.attrs["interval"]
 
 
+def test_words_are_an_axis(model):
+    site = f"{MIDDLE}.attentions.0.transformer_blocks.0.attn2.to_v"
+    words = ["circle -> square", "red -> blue", ("red -> blue", "circle -> square")]
+    axes = {"site": [site], "step": np.arange(1), "words": words, "seed": np.array([0])}
+    found = small(axes=axes, metrics=["difference_latents"]).run(model).difference_latents
+    assert found.words.values.tolist() == [*words[:2], "red -> blue + circle -> square"]
+    assert found.seed.dtype.kind == "i"
+    assert len(set(found.values.flatten())) == 3
+    labels = {"site": site, "step": 0, "seed": 0}
+    alone = small(axes=axes).run_at(model, words="red -> blue", **labels)
+    source = model.record("a red circle", seed=0, num_inference_steps=2, capture=[site])
+    pairs = (("a red circle", "red"), ("a blue square", "blue"))
+    red, blue = (model.words(prompt)["tokenizer"].of(word) for prompt, word in pairs)
+    patch = Patch(site, source=source, steps=[0], branch="cond", tokens=blue, from_tokens=red)
+    by_hand = model.record("a blue square", seed=0, num_inference_steps=2, interventions=[patch])
+    assert as_bytes(alone.latents) == as_bytes(by_hand.latents)
+
+
 def test_what_is_measured_and_what_corrupts_are_of_a_sweeps_identity():
     def told(**asked):
         return small(**asked).key

@@ -10,6 +10,8 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from workbench.errors import InputError, UnknownNameError, nearest
 from workbench.experiments.change import Runs
 from workbench.experiments.changes import TurnSpec
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 SEEDS = 4
 """How many seeds a sweep has that names none: what one seed shows may be that seed's."""
 
-AXES = ("site", "step", "window", "branch", "heads", "seed")
+AXES = ("site", "step", "window", "branch", "heads", "words", "seed")
 """The axes that a sweep of patches knows by name."""
 
 Point = Mapping[str, Any]
@@ -53,8 +55,9 @@ class Sweep:
     Args:
         experiment: what is the same in all cells: the model, the prompts, the settings. It names its steps.
         axes: the values of each axis, by name. ``site``: where (several at once as a tuple); ``step``:
-            which column of the map; ``window``, ``branch``; ``heads``: a head or a tuple of them; ``seed``,
-            four from the experiment's on if it is not given.
+            which column of the map; ``window``, ``branch``; ``heads``: a head or a tuple of them;
+            ``words``: a word of both prompts, or ``"red -> blue"`` for the source's red where the target has
+            blue, or a tuple of these; ``seed``, four from the experiment's on if it is not given.
         cell: makes the experiment of a point, for other changes than one patch; the axes may then be any.
         window: which steps a cell covers, see `workbench.experiments.windows`.
         branch: which guidance branch is patched.
@@ -338,9 +341,8 @@ class Sweep:
             branch = point.get("branch", self.branch)
             heads = point.get("heads")
             some = heads if heads is None or isinstance(heads, tuple) else (heads,)
-            patches: tuple[Any, ...] = tuple(
-                PatchSpec(site=str(site), steps=chosen, branch=branch, heads=some) for site in sites
-            )
+            where = {"steps": chosen, "branch": branch, "heads": some, **_words(point.get("words"))}
+            patches: tuple[Any, ...] = tuple(PatchSpec(site=str(site), **where) for site in sites)
         else:
             late = {} if chosen is None else {"steps": chosen}
             patches = tuple(each.model_copy(update=late) for each in known.interventions)
@@ -381,7 +383,17 @@ def _axis(name: str, values: Iterable[Any]) -> tuple[Any, ...]:
 
 
 def _hashable(value: Any) -> Any:
-    return tuple(value) if isinstance(value, (list, range)) else value
+    value = value.item() if isinstance(value, np.generic) else value
+    return tuple(map(_hashable, value)) if isinstance(value, (list, tuple, range)) else value
+
+
+def _words(asked: str | tuple[str, ...] | None) -> dict[str, Any]:
+    """Return which words of the target are patched, from which of the source."""
+    if asked is None:
+        return {}
+    ways = [each.split("->") for each in ((asked,) if isinstance(asked, str) else asked)]
+    words, sources = (tuple(way[place].strip() for way in ways) for place in (-1, 0))
+    return {"words": words, "from_words": None if words == sources else sources}
 
 
 def _plain(value: Any) -> Any:
