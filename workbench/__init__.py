@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from workbench.interventions.corrupt import Corrupt as Corrupt
     from workbench.interventions.feature import Feature as Feature
     from workbench.interventions.patch import Patch as Patch
+    from workbench.interventions.replace import Replace as Replace
     from workbench.interventions.scale import Ablate as Ablate
     from workbench.interventions.scale import Scale as Scale
     from workbench.interventions.steer import Steer as Steer
@@ -65,6 +66,7 @@ _HOMES = {
     "Patch": "workbench.interventions.patch",
     "PipelineSpec": "workbench.models.spec",
     "Record": "workbench.tracing.record",
+    "Replace": "workbench.interventions.replace",
     "Reweight": "workbench.interventions.attention",
     "Scale": "workbench.interventions.scale",
     "Steer": "workbench.interventions.steer",
@@ -103,6 +105,7 @@ __all__ = [
     "Patch",
     "PipelineSpec",
     "Record",
+    "Replace",
     "Reweight",
     "Scale",
     "Steer",

@@ -159,6 +159,10 @@ def _corrupt(drawn: random.Random, places: Places, target: str) -> list[dict[str
     return [{"kind": "corrupt", "seed": drawn.randrange(9), **_where(drawn, places, target)}]
 
 
+def _replace(drawn: random.Random, places: Places, target: str) -> list[dict[str, Any]]:
+    return [{"kind": "replace", "value": [drawn.choice((0.1, -0.5))], **_where(drawn, places, target)}]
+
+
 def _direction(drawn: random.Random, places: Places, target: str) -> list[dict[str, Any]]:
     return [{"kind": "steer", "direction": [drawn.choice((-2.0, 0.7))], **_where(drawn, places, target)}]
 
@@ -235,6 +239,7 @@ KINDS: dict[str, Callable[..., Any]] = {
     "resample": _ablate("resample"),
     "corrupt": _corrupt,
     "direction": _direction,
+    "replace": _replace,
 }
 """What an experiment is about: each kind of intervention, each way to ablate and to steer, and a tree of
 branches."""

@@ -17,6 +17,7 @@ from workbench.experiments.site_changes import (
     CorruptSpec,
     ModuleSpec,
     PatchSpec,
+    ReplaceSpec,
     ScaleSpec,
     SteerSpec,
 )
@@ -32,6 +33,7 @@ EACH = (
     SteerSpec(site="unet.conv_in", pairs=(("a red cross", "a cross"),), steps=(1,)),
     SteerSpec(site="unet.conv_in", direction=torch.tensor([[[0.1]], [[0.2]]]).repeat(4, 1, 1), steps=(2,)),
     CorruptSpec(words=("circle",), seed=3),
+    ReplaceSpec(site=f"{LAYER}.to_k", tokens=(2,), value=[0.5], branch="cond"),
     ModuleSpec(site="unet.conv_out", module="torch:tanh"),
     ModuleSpec(
         site="unet.conv_in", module="tests.experiments.test_changes:Pairs", arguments={}, feature=1, times=0
@@ -77,8 +79,8 @@ def test_every_kind_runs_alone_and_all_of_them_in_order_and_through_json(model, 
     assert turned.arguments["prompt"] == "a red circle"
     assert turned.forked_at == 2
     assert [type(edit).__name__ for edit in turned.interventions] == [
-        *("Patch", "Ablate", "Scale", "Steer", "Steer", "Corrupt", "Attach", "Feature", "Reweight"),
-        *("InjectAttention", "ForceMap"),
+        *("Patch", "Ablate", "Scale", "Steer", "Steer", "Corrupt", "Replace", "Attach", "Feature"),
+        *("Reweight", "InjectAttention", "ForceMap"),
     ]
 
 
@@ -90,7 +92,11 @@ def test_a_direction_of_ones_own_and_noise_are_what_the_interventions_are(model)
     own = wb.Steer(MIDDLE, direction=direction, strength=2.0)
     mask = torch.tensor([[0.0, 1.0]])
     noise = wb.Corrupt("unet.conv_in", slice(1, None), mask=mask, seed=4)
-    pairs = [(steer, own), (CorruptSpec.of(noise, 3), noise), (CorruptSpec.of(wb.Corrupt(), 3), wb.Corrupt())]
+    value = torch.linspace(0, 1, 16 * 4 * 4).reshape(16, 4, 4)
+    replace = ReplaceSpec(site=MIDDLE, value=value, branch="cond", strength=0.5)
+    put = wb.Replace(MIDDLE, value=value, branch="cond", strength=0.5)
+    corrupting = [(CorruptSpec.of(each, 3), each) for each in (noise, wb.Corrupt())]
+    pairs = [(steer, own), (replace, put), *corrupting]
     for change, edit in pairs:
         assert as_bytes(experiment(change).run(model).patched.latents) == as_bytes(
             target.fork(0, interventions=[edit]).latents
@@ -103,7 +109,7 @@ def test_a_direction_of_ones_own_and_noise_are_what_the_interventions_are(model)
     "direction", [(), [[]], 1.0, [float("nan")], [[1.0], [1.0, 2.0]], {"a": 1}, ["x"], [1e400]]
 )
 def test_a_direction_that_is_none_is_refused(direction):
-    with pytest.raises(ValidationError, match="direction"):
+    with pytest.raises(ValidationError, match=r"numbers"):
         SteerSpec(site=MIDDLE, direction=direction)
     with pytest.raises(ValidationError, match="one of the two"):
         SteerSpec(site=MIDDLE, direction=[1.0], pairs=(("a cross", "a circle"),))

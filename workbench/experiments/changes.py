@@ -29,6 +29,7 @@ from workbench.experiments.site_changes import (
     CorruptSpec,
     ModuleSpec,
     PatchSpec,
+    ReplaceSpec,
     ScaleSpec,
     SteerSpec,
 )
@@ -130,6 +131,7 @@ class TurnSpec(BaseModel):
 AnySpec = Annotated[
     PatchSpec
     | AblateSpec
+    | ReplaceSpec
     | ScaleSpec
     | CorruptSpec
     | SteerSpec

@@ -304,6 +304,11 @@ def averaged(change, call, number, value):
     found = [taken(change, run, change["given"][call][number], value) for run in change["runs"]]
     return torch.stack(found).mean(0)
 ''',
+    "replace": '''
+def replaced(change, call, number, value):
+    """Return the given numbers in place of one branch's rows."""
+    return torch.tensor(change["value"]).to(value).expand(value.shape)
+''',
     "zero": '''
 def zeroed(change, call, number, value):
     """Return nothing in place of one branch's rows."""
@@ -376,6 +381,7 @@ def through(change, call, number, value):
 FUNCTIONS = {
     "patch": "patched",
     "mean": "averaged",
+    "replace": "replaced",
     "zero": "zeroed",
     "noise": "noised",
     "corrupt": "corrupted",

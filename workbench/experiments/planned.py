@@ -18,6 +18,7 @@ from workbench.experiments.site_changes import (
     CorruptSpec,
     ModuleSpec,
     PatchSpec,
+    ReplaceSpec,
     ScaleSpec,
     SteerSpec,
 )
@@ -119,6 +120,8 @@ class Planner:
             plan |= self._ablation(change, plan["at"], run)
             if change.how == "noise" and _of_scheduler(change):
                 plan["calls_of_steps"] = {row.tick: row.call for row in run.rows}
+        elif isinstance(change, ReplaceSpec):
+            plan["value"] = change.value
         elif isinstance(change, CorruptSpec):
             plan["seed"] = change.seed
         elif isinstance(change, SteerSpec) and change.direction is not None:

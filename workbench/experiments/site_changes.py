@@ -6,7 +6,7 @@ import importlib
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, JsonValue, field_validator, model_validator
+from pydantic import BeforeValidator, Field, JsonValue, model_validator
 
 from workbench.errors import InputError
 from workbench.experiments.change import MOST, Drawn, Finite, Runs, SiteChange, Some, Text
@@ -14,12 +14,38 @@ from workbench.interventions.attach import Attach
 from workbench.interventions.corrupt import Corrupt
 from workbench.interventions.feature import Feature
 from workbench.interventions.patch import Patch
+from workbench.interventions.replace import Replace
 from workbench.interventions.scale import Ablate, Scale
 from workbench.interventions.steer import Steer
 from workbench.tracing.structure import describe
 
-_NUMBERS, _DEEPEST = 1 << 18, 8
-"""How many numbers a direction has at most, and how many axes."""
+_MANY, _DEEPEST = 1 << 18, 8
+"""How many numbers an experiment gives at once at most, and in how many axes."""
+
+
+def _numbers(given: Any) -> tuple[Any, ...]:
+    """Return nested rows of numbers as tuples, each as float32 has it."""
+    try:
+        tensor = torch.as_tensor(given, dtype=torch.float32).detach()
+        fits = 0 < tensor.ndim <= _DEEPEST and 0 < tensor.numel() <= _MANY
+        right = fits and bool(torch.isfinite(tensor).all())
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"these are no rows of numbers, all of a depth equally long: {error}") from error
+    if not right:
+        raise ValueError(
+            f"from one to {_MANY} finite numbers can be given, in rows of at most {_DEEPEST} axes; this is "
+            f"{describe(tensor)}"
+        )
+    found: tuple[Any, ...] = _tuples(tensor.tolist())
+    return found
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+Numbers = Annotated[tuple[Any, ...], BeforeValidator(_numbers)]
+"""Numbers in nested rows; of a tensor they are taken."""
 
 
 class PatchSpec(SiteChange):
@@ -79,6 +105,24 @@ class AblateSpec(SiteChange):
         """Return the ablation, with runs of its references."""
         references = [runs.plain(prompt, [self.site]) for prompt in self.references]
         return Ablate(**self.at(runs), how=self.how, references=references, seed=self.seed)
+
+
+class ReplaceSpec(SiteChange):
+    """A value of one's own in place of an activation, see `workbench.interventions.replace.Replace`.
+
+    Attributes:
+        value: nested rows of numbers (or a tensor, kept in float32): of one sample, the activation's shape
+            without its rows, or what broadcasts to that.
+    """
+
+    overwrites: ClassVar[bool] = True
+
+    kind: Literal["replace"] = "replace"
+    value: Numbers
+
+    def bind(self, runs: Runs) -> Replace:
+        """Return the intervention."""
+        return Replace(**self.at(runs), value=torch.tensor(self.value))
 
 
 class ScaleSpec(SiteChange):
@@ -149,35 +193,13 @@ class SteerSpec(SiteChange):
     Attributes:
         pairs: of prompts, (towards, away); runs of them with the target's seed give the direction.
         method: ``"mean"`` of the differences, or their first component, ``"pca"``.
-        direction: one's own in their place, nested rows of numbers (or a tensor, kept in float32): of one
-            sample, the value's shape without its rows, or what broadcasts to that.
+        direction: one's own in their place, as the value of `ReplaceSpec`.
     """
 
     kind: Literal["steer"] = "steer"
     pairs: Annotated[tuple[tuple[str, str], ...], Field(max_length=MOST, fail_fast=True)] = ()
     method: Literal["mean", "pca"] = "mean"
-    direction: tuple[Any, ...] | None = None
-
-    @field_validator("direction", mode="before")
-    @classmethod
-    def _numbers(cls, direction: Any) -> tuple[Any, ...] | None:
-        if direction is None:
-            return None
-        try:
-            given = torch.as_tensor(direction, dtype=torch.float32).detach()
-            fits = 0 < given.ndim <= _DEEPEST and 0 < given.numel() <= _NUMBERS
-            right = fits and bool(torch.isfinite(given).all())
-        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-            raise ValueError(
-                f"a direction is rows of numbers, all of a depth equally long: {error}"
-            ) from error
-        if not right:
-            raise ValueError(
-                f"a direction has from one to {_NUMBERS} finite numbers, in rows of at most {_DEEPEST} axes; "
-                f"this is {describe(given)}"
-            )
-        found: tuple[Any, ...] = _tuples(given.tolist())
-        return found
+    direction: Numbers | None = None
 
     @model_validator(mode="after")
     def _one_direction(self) -> Self:
@@ -250,7 +272,3 @@ class ModuleSpec(SiteChange):
         if self.feature is None:
             return Attach(**self.at(runs), module=made)
         return Feature(**self.at(runs), sae=made, feature=self.feature, to=self.to, times=self.times)
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from workbench.errors import InputError, ShapeError, UnknownNameError, nearest
+from workbench.errors import InputError, UnknownNameError, nearest
+from workbench.interventions.given import check_given, fitted
 from workbench.interventions.intervention import Intervention
 from workbench.tracing.ledger import ALL, Row
 from workbench.tracing.record import Record
 from workbench.tracing.sites import Site
 from workbench.tracing.steps import Steps, covers, normal
-from workbench.tracing.structure import describe
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,7 @@ class Steer(Intervention):
     def __post_init__(self) -> None:
         """Check that there is a direction."""
         super().__post_init__()
-        if not isinstance(self.direction, torch.Tensor) or not self.direction.ndim:
-            raise InputError("direction is a tensor: Steer.between(…) finds one, or give your own.")
-        if not torch.isfinite(self.direction).all():
-            raise InputError("The direction has values that are not finite.")
+        check_given(self.direction, "direction", " Steer.between(…) finds one, or give your own.")
 
     @classmethod
     def between(
@@ -84,15 +81,7 @@ class Steer(Intervention):
 
     def new_value(self, site: Site, value: torch.Tensor, row: Row, branch: str) -> torch.Tensor:  # noqa: ARG002
         """Return ``value`` and the direction, ``(rows, ...)``."""
-        direction = self.direction.to(value.device, value.dtype)
-        try:
-            direction.expand(value.shape[1:])
-        except RuntimeError:
-            raise ShapeError(
-                f"At {site}, step {row.step}, the direction is {describe(self.direction)} and a sample's "
-                f"value {describe(value[0])}. Give what broadcasts to that."
-            ) from None
-        return value + direction
+        return value + fitted(self.direction, "direction", value, site, row)
 
     def _seen(self, record: Record) -> torch.Tensor:
         """Return what a run has at the site where this acts, a mean over rows for each step."""
