@@ -198,6 +198,9 @@ def test_an_experiment_is_of_the_weights_it_says(model):
     [
         ((PatchSpec(site=MIDDLE), AblateSpec(site=MIDDLE, steps=(1,))), "ablate .number 1.*patch .number 0"),
         ((TurnSpec(step=2, prompt="a"), TurnSpec(step=1, prompt="b")), "turns go forward"),
+        ((PatchSpec(site=MIDDLE, steps=(-1,)), ReplaceSpec(site=MIDDLE, steps=(2,), value=[1.0])), "replace"),
+        ((InjectSpec(site=LAYER, steps=(0, 1)), InjectSpec(site=LAYER, steps=(1,))), "inject .number 1"),
+        ((ForceMapSpec(word="a", map=((1.0,),)), ForceMapSpec(word="a", map=((0.5,),))), "force_map"),
     ],
 )
 def test_of_two_that_undo_each_other_none_is_meant(changes, says):
@@ -213,6 +216,7 @@ def test_of_two_that_undo_each_other_none_is_meant(changes, says):
         AblateSpec(site=MIDDLE, strength=0.5),
         AblateSpec(site=MIDDLE, mask=((1.0,),)),
         ScaleSpec(site=MIDDLE, factor=2.0),
+        PatchSpec(site=MIDDLE, steps=(-1,)),
     ],
 )
 def test_two_that_both_leave_something_are_in_order(second):

@@ -131,8 +131,18 @@ def every_fork(forks: Sequence[Fork]) -> list[Fork]:
     return [each for fork in forks for each in (fork, *every_fork(fork.forks))]
 
 
-def check_forks(forks: Sequence[Fork], before: Sequence[Any], step: int = 0) -> None:
+def check_forks(
+    forks: Sequence[Fork], before: Sequence[Any], steps: int | None = None, step: int = 0
+) -> None:
     """Refuse branches that begin before what they leave, or of which one change undoes another.
+
+    A change of a branch may well undo one of the run that it leaves.
+
+    Args:
+        forks: the branches.
+        before: the changes of the run that they leave.
+        steps: how many the runs have, if that is known.
+        step: the one at which that run itself left another.
 
     Raises:
         ValueError: with the branch.
@@ -153,5 +163,5 @@ def check_forks(forks: Sequence[Fork], before: Sequence[Any], step: int = 0) -> 
                 f"fork {number}, at step {fork.step}, has a turn that is not later than it begins: a fork "
                 "takes other arguments itself"
             )
-        check_order(fork.interventions)
-        check_forks(fork.forks, (*before, *fork.interventions), fork.step)
+        check_order(fork.interventions, steps)
+        check_forks(fork.forks, (*before, *fork.interventions), steps, fork.step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Protocol, Self
 
 import torch
@@ -114,8 +114,27 @@ class Change(BaseModel):
         found = {"steps": self.steps, "branch": self.branch, "heads": self.heads, "strength": self.strength}
         return {**found, "mask": None if self.mask is None else torch.tensor(self.mask)}
 
-    def _clashes(self, other: Change) -> bool:  # noqa: ARG002
-        return False
+    @property
+    def place(self) -> tuple[str, ...]:
+        """Where it leaves nothing of what was there before; nowhere, and so empty, where it does."""
+        return ()
+
+    def choices(self, steps: int | None) -> tuple[Collection[Any] | None, ...]:
+        """Return which of its place it chooses in each way, None being all.
+
+        Args:
+            steps: how many the runs have, if that is known: -1 is then the last.
+        """
+        chosen = self.steps
+        if chosen is not None and steps is not None:
+            chosen = tuple(step % steps for step in chosen)
+        return (chosen, None if self.branch in ("all", "both") else (self.branch,), self.heads)
+
+    def undoes(self, other: Change, steps: int | None) -> bool:
+        """Whether nothing is left of another change of the same place, which came before."""
+        pairs = list(zip(self.choices(steps), other.choices(steps), strict=True))
+        common = all(one is None or two is None or set(one) & set(two) for one, two in pairs)
+        return common and self.everywhere and other.everywhere
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
@@ -161,13 +180,17 @@ class SiteChange(Change):
         tokens = self.tokens if self.words is None else runs.places(self.words)
         return {"site": self.site, **self.where(), "tokens": tokens}
 
-    def _clashes(self, other: Change) -> bool:
-        if not (isinstance(other, SiteChange) and self.overwrites and other.overwrites):
-            return False
-        if self.site != other.site or not (self.everywhere and other.everywhere):
-            return False
-        chosen = [(one, two) for one, two in zip(_choices(self), _choices(other), strict=True)]
-        return all(one is None or two is None or set(one) & set(two) for one, two in chosen)
+    @property
+    def place(self) -> tuple[str, ...]:
+        """The site, if nothing is left there."""
+        return (self.site,) if self.overwrites else ()
+
+    def choices(self, steps: int | None) -> tuple[Collection[Any] | None, ...]:
+        """Return the choices of all changes, and of a sequence.
+
+        Words and tokens are compared with their like alone: which token a word is, a tokenizer knows.
+        """
+        return (*super().choices(steps), self.tokens, self.words)
 
 
 class LayerChange(Change):
@@ -179,9 +202,3 @@ class LayerChange(Change):
 
     site: str = Field(default="*", min_length=1)
     branch: str = Field(default="cond", min_length=1)
-
-
-def _choices(change: SiteChange) -> tuple[Any, ...]:
-    branch = None if change.branch in ("all", "both") else (change.branch,)
-    # Words and tokens are compared with their like alone: which token a word is, a tokenizer knows.
-    return (change.steps, branch, change.heads, change.tokens, change.words)

@@ -21,7 +21,6 @@ from workbench.experiments.change import (
     LayerChange,
     Picture,
     Runs,
-    SiteChange,
     check_arguments,
 )
 from workbench.experiments.site_changes import (
@@ -64,6 +63,11 @@ class InjectSpec(LayerChange):
     block: Literal["image->text", "image->image"] = "image->text"
 
     @property
+    def place(self) -> tuple[str, ...]:
+        """The layer's weights of this block."""
+        return (self.site, self.block)
+
+    @property
     def captures(self) -> tuple[str, ...]:
         """The queries and keys of the layer."""
         return (f"{self.site}:query", f"{self.site}:key")
@@ -84,6 +88,11 @@ class ForceMapSpec(LayerChange):
     kind: Literal["force_map"] = "force_map"
     word: Annotated[str, Field(min_length=1)]
     map: Picture
+
+    @property
+    def place(self) -> tuple[str, ...]:
+        """The layers' weights of the word."""
+        return (self.site, self.word)
 
     _rows = field_validator("map")(Change._even.__func__)  # type: ignore[attr-defined]
 
@@ -144,20 +153,23 @@ AnySpec = Annotated[
 ]
 
 
-def check_order(changes: Sequence[Any]) -> None:
+def check_order(changes: Sequence[Any], steps: int | None = None) -> None:
     """Refuse changes of which one would undo another.
+
+    Args:
+        changes: in their order.
+        steps: how many the runs have, if that is known.
 
     Raises:
         ValueError: with both.
     """
-    at_a_site: dict[str, list[tuple[int, Change]]] = defaultdict(list)
+    placed: dict[tuple[str, ...], list[tuple[int, Change]]] = defaultdict(list)
     for number, each in enumerate(changes):
-        if isinstance(each, SiteChange):
-            at_a_site[each.site].append((number, each))
-    for (first, one), (second, two) in chain.from_iterable(
-        combinations(those, 2) for those in at_a_site.values()
-    ):
-        if one._clashes(two):
+        if isinstance(each, Change) and each.place:
+            placed[each.place].append((number, each))
+    pairs = chain.from_iterable(combinations(those, 2) for those in placed.values())
+    for (first, one), (second, two) in pairs:
+        if two.undoes(one, steps):
             raise ValueError(
                 f"{two.kind} (number {second}) puts something new where {one.kind} (number {first}) just "
                 "did: give them other steps, branches, heads or tokens, or a strength"

@@ -105,8 +105,8 @@ class ExperimentSpec(BaseModel):
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
-        check_order(self.interventions)
-        check_forks(self.forks, self.interventions)
+        check_order(self.interventions, self.num_inference_steps)
+        check_forks(self.forks, self.interventions, self.num_inference_steps)
         return self
 
     @model_validator(mode="after")
