@@ -39,7 +39,7 @@ _WHOLE = "torch.softmax(query[:, :, 512:] @ key.transpose(-1, -2) / 128**0.5, -1
 def rows(setting: Setting) -> Iterator[Row]:
     """Yield the rows of a run, then those of one layer."""
     model = DiffusionModel(setting.model)
-    seconds = take_turns(variants(model, setting.steps), min(setting.rounds, 20))
+    seconds = take_turns(variants(model, setting.steps), setting.rounds)
     ours, theirs = "head-mean cross-attention of all layers", "processors replaced, every matrix kept"
     why = "the weights are computed beside the kernel, which stays on"
     yield Row(f"{ours} (bound 1.15)", bounded(seconds, ours, "bare", 1.15, why))

@@ -28,7 +28,8 @@ def rows(setting: Setting) -> Iterator[Row]:
     places = {"folder": str(locate(setting.model)), "steps": setting.steps}
     for name in runs:
         peak = median(fresh(_PROGRAM.format(name=name, **places))[1] for _ in range(3)) / 1024
-        time = "" if name == _BARE else f"{ratio(seconds, name, _BARE)}, "
+        rounds = len(seconds[name])
+        time = "" if name == _BARE else f"{ratio(seconds, name, _BARE)} of {rounds} rounds, "
         yield Row(f"derivative by {SITE} in {setting.steps} steps: {name}", f"{time}{peak:.0f} MiB peak")
 
 

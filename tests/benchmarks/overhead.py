@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
+from tests import tiny
 from tests.benchmarks import beside
 from tests.benchmarks.table import PROMPT, Row, Setting, bounded, milliseconds, ratio, take_turns
 from workbench import DiffusionModel
@@ -19,6 +22,15 @@ BOUNDS = {"idle trace": 1.01, "one site at each step": 1.02}
 
 
 def rows(setting: Setting) -> Iterator[Row]:
+    """Yield the rows of the model, then those of a tiny pipeline, whose calls are nearly all Python."""
+    yield from _rows(setting)
+    with TemporaryDirectory() as folder:
+        tiny.sd1().save_pretrained(folder)
+        for row in _rows(replace(setting, model=folder)):
+            yield replace(row, what=f"tiny pipeline: {row.what}")
+
+
+def _rows(setting: Setting) -> Iterator[Row]:
     """Yield the bare pipeline's time and the ratios to it."""
     model = DiffusionModel(setting.model)
     seconds = take_turns(variants(model, setting) | beside.overhead(setting), setting.rounds)
