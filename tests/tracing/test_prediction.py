@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from tests import tiny
+from workbench.errors import ShapeError
 from workbench.models.model import DiffusionModel
 from workbench.tracing import prediction
 
@@ -55,6 +56,26 @@ PREDICTIONS += [(scheduler, "sample") for scheduler in TAKES_SAMPLES]
 def test_pred_x0_is_the_schedulers_own(scheduler, kind):
     record, theirs = both(scheduler, prediction_type=kind)
     torch.testing.assert_close(record.pred_x0, theirs.float(), rtol=1e-4, atol=1e-4)
+
+
+SET = [(name, kind) for name, kind in PREDICTIONS if name in (*TAKES_SAMPLES, "UniPCMultistepScheduler")]
+
+
+@pytest.mark.parametrize(("scheduler", "kind"), [*SET, ("FlowMatchEulerDiscreteScheduler", "flow")])
+def test_pred_x0_can_be_set(scheduler, kind):
+    flow = kind == "flow"
+    pipeline = tiny.sd3() if flow else tiny.sd1(getattr(diffusers, scheduler), prediction_type=kind)
+    model, asked = DiffusionModel(pipeline), {"num_inference_steps": 4, "seed": 0}
+    plain = model.record("a red circle", **asked)
+    with model.generate("a red circle", **asked) as run:
+        for step in run.steps[1:3]:
+            run.pred_x0 = run.pred_x0 * (1.0 if step.step == 1 else 0.5)
+    largest = float(plain.pred_x0.abs().max())
+    assert float((run.pred_x0[1] - plain.pred_x0[1]).abs().max()) < 1e-4 * largest
+    assert float((run.pred_x0[2] - 0.5 * plain.pred_x0[2]).abs().max()) < 1e-3 * largest
+    assert float((run.latents[2] - plain.latents[2]).abs().max()) > 1e-2
+    with pytest.raises(ShapeError, match="pred_x0"), model.generate("a red circle", **asked) as run:
+        run.pred_x0 = torch.zeros(1)
 
 
 @pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DDPMScheduler"])

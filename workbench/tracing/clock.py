@@ -16,7 +16,7 @@ from workbench.tracing.ledger import Ledger, Row
 from workbench.tracing.rig import Method, Rig
 from workbench.tracing.scheduler_call import SchedulerCall
 from workbench.tracing.stages import Stages
-from workbench.tracing.structure import put
+from workbench.tracing.structure import Leaf, put
 from workbench.tracing.system import System, told_time
 
 
@@ -175,6 +175,15 @@ class Clock:
         scheduler = self._stages.scheduler
         call = SchedulerCall.of(scheduler, args, kwargs)
         return prediction.clean(scheduler, call.model_output, call.sample, call.timestep)
+
+    def handing(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], wanted: torch.Tensor
+    ) -> tuple[Leaf, torch.Tensor | None]:
+        """Return where the scheduler is handed the prediction, and the one by which x₀ is as wanted."""
+        scheduler = self._stages.scheduler
+        call = SchedulerCall.of(scheduler, args, kwargs)
+        told = (call.model_output, call.sample, call.timestep)
+        return call.leaf, prediction.output_for(scheduler, wanted, *told)
 
     def _tick_ends(self, _: Any, _args: Any, _kwargs: Any, output: Any) -> Any:
         tick, self._tick, self._stepping = self._tick, None, False

@@ -13,6 +13,9 @@ import torch
 
 from workbench.tracing.system import parameters
 
+_FLAT = 1e-6
+"""How little x₀ may change with the prediction for that to be found from x₀."""
+
 
 def kind(scheduler: Any) -> str:
     """Return what the model predicts under this scheduler: epsilon, v_prediction, sample or flow."""
@@ -71,15 +74,50 @@ def clean(
     Returns:
         x₀ in float32 and the shape of ``sample``; None where the scheduler's convention is unknown.
     """
-    scale = _signal_and_noise(scheduler, timestep)
-    if scale is None or model_output.ndim != sample.ndim:
+    if model_output.ndim != sample.ndim:
         return None
     if model_output.shape[1] == 2 * sample.shape[1]:
         model_output = model_output[:, : sample.shape[1]]
     if model_output.shape != sample.shape:
         return None
+    predicted = _unclipped(scheduler, model_output.float(), sample.float(), timestep)
+    limit = _clip(scheduler)
+    return predicted if predicted is None or limit is None else predicted.clamp(-limit, limit)
+
+
+def output_for(
+    scheduler: Any, wanted: torch.Tensor, model_output: torch.Tensor, sample: torch.Tensor, timestep: float
+) -> torch.Tensor | None:
+    """Return the prediction by which x₀ is predicted as wanted; the inverse of `clean`, but for clipping.
+
+    Args:
+        scheduler: the scheduler, not yet stepped.
+        wanted: the clean sample, in the shape of ``sample``.
+        model_output: the guided prediction that there is, whose learned variance, if any, is kept.
+        sample: the latents x_t.
+        timestep: the timestep of this step.
+
+    Returns:
+        It in the shape and dtype of ``model_output``; None where the scheduler's convention is unknown, or
+        x₀ does not depend on what is predicted.
+    """
+    x = sample.float()
+    nothing, ones = torch.zeros_like(x), torch.ones_like(x)
+    # Predicted x₀ is linear in the prediction and in the sample.
+    start = _unclipped(scheduler, nothing, x, timestep)
+    slope = _unclipped(scheduler, ones, nothing, timestep)
+    if start is None or slope is None or float(slope.abs().min()) < _FLAT:
+        return None
+    found = ((wanted.float() - start) / slope).to(model_output.dtype)
+    return torch.cat([found, model_output[:, x.shape[1] :]], 1)
+
+
+def _unclipped(scheduler: Any, out: torch.Tensor, x: torch.Tensor, timestep: float) -> torch.Tensor | None:
+    """Return x₀ as a prediction and a sample, both float32, give it."""
+    scale = _signal_and_noise(scheduler, timestep)
+    if scale is None:
+        return None
     signal, noise = scale
-    x, out = sample.float(), model_output.float()
     if hasattr(scheduler, "precondition_outputs"):
         # Karras et al. 2022, eq. 7: what the network predicts is scaled by its noise level.
         preconditioned: torch.Tensor = scheduler.precondition_outputs(x, out, sigma(scheduler, timestep))
@@ -92,9 +130,7 @@ def clean(
         "flow": x - noise * out,
         "sample": out,
     }
-    predicted = by_kind.get(kind(scheduler))
-    limit = _clip(scheduler)
-    return predicted if predicted is None or limit is None else predicted.clamp(-limit, limit)
+    return by_kind.get(kind(scheduler))
 
 
 def _at_midpoint(scheduler: Any) -> bool:

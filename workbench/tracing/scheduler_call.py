@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from workbench.tracing.structure import Leaf
 from workbench.tracing.system import as_number, parameters
 
 _USUAL = ("model_output", "timestep", "sample")
@@ -33,6 +34,11 @@ class SchedulerCall:
         """Return a call of a scheduler by the names its class gives the arguments."""
         names = parameters(type(scheduler).step)[1:]
         return cls(names if set(_USUAL) <= set(names) else _USUAL, args, kwargs)
+
+    @property
+    def leaf(self) -> Leaf:
+        """Where in ``(args, kwargs)`` the prediction is."""
+        return (1, "model_output") if "model_output" in self.kwargs else (0, self.names.index("model_output"))
 
     @property
     def model_output(self) -> torch.Tensor:

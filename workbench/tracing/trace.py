@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeGuard
@@ -137,6 +137,21 @@ class Trace:
             return self.record.pred_x0
         args, kwargs = plain(self.value(Site("scheduler.step", "inputs")))
         return self._session.clock.predict(args, kwargs)
+
+    @pred_x0.setter
+    def pred_x0(self, new: Any) -> None:
+        inputs = Site("scheduler.step", "inputs")
+        args, kwargs = plain(self.value(inputs))
+        old, wanted, prediction = self._session.clock.predict(args, kwargs), plain(new), None
+        if old is not None:
+            check_fit(old, wanted, site="pred_x0")
+            leaf, prediction = self._session.clock.handing(args, kwargs, wanted)
+        if prediction is None:
+            raise InputError(
+                f"In {self._spot()} no prediction gives another pred_x0: the scheduler's convention is not "
+                "known, or there is no noise left. Replace run.noise_pred or run.latents."
+            )
+        self.replace(replace(inputs, leaf=leaf), prediction)
 
     @property
     def sigma(self) -> float | None:
