@@ -405,8 +405,11 @@ def test_what_was_exported_opens_again(tmp_path, kind):
         paths = [bench.export(each, tmp_path / name) for each, name in FORMATS.items()]
     for path in paths:
         with opened(lambda: str(folder)) as bench:
+            bench.run().result(LONG)
+            bench.patch(SITE, 1).result(LONG)
             bench.load(path).result(LONG)
             assert bench.experiment == experiment
+            assert bench.map.selected == ([bench.map.sites.index(SITE), 0] if kind == "a cell" else [])
             assert (bench.controls.seed, bench.controls.guidance) == (7, 3.0)
 
 

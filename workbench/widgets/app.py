@@ -339,6 +339,7 @@ class Workbench:
     def _run_pair(self, job: Job, experiment: Experiment) -> Pair:
         pair = self._stage.run_pair(experiment, self.map.window, job)
         first, self._pair, self._cell = self._pair is None, pair, None
+        self.map.selected = []
         if first:
             self.scrubber.step = pair.target.ledger.steps - 1
         self._screen.draw(pair, None)
