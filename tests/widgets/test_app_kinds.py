@@ -176,3 +176,22 @@ def test_a_source_with_its_own_seed_beside_its_prompt():
         pair = bench.run().result(LONG)
         assert bench.map.source_label == "a red circle · seed 7"
     assert as_bytes(pair.source.images[0]) == as_bytes(alone.images[0])
+
+
+def test_the_joint_transformer_that_is_shipped_in_the_app(tmp_path):
+    with opened("shapes-mmdit", steps=4, guidance=3.0, seed=1) as bench:
+        pair = bench.run().result(LONG)
+        assert bench.experiment.arguments == {"max_sequence_length": 24}
+        assert pair.target.ledger.branches == ("uncond", "cond")
+        words = [each["text"] for each in bench.scrubber.attention["tokens"]]
+        assert words.count("circle") == 1
+        site = str(pair.map.sites[-1])
+        cell = bench.patch(site, 0, "from here").result(LONG)
+        path = bench.export("standalone", tmp_path / "alone.py")
+    hidden = "import runpy, sys; sys.modules['workbench'] = None; sys.argv = sys.argv[1:]"
+    code = f"{hidden}; runpy.run_path(sys.argv[0])"
+    out = tmp_path / "alone.png"
+    subprocess.run(
+        [sys.executable, "-c", code, str(path), "--out", str(out)], check=True, capture_output=True
+    )
+    assert Image.open(out).tobytes() == cell.image.tobytes() != pair.target.images[0].tobytes()
