@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Annotated, Any, ClassVar, Protocol, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from workbench.errors import InputError, UnknownNameError
 from workbench.interventions.intervention import Intervention
@@ -137,14 +137,14 @@ class Change(BaseModel):
         return common and self.everywhere and other.everywhere
 
 
-def check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Refuse pipeline arguments that an experiment has fields for.
-
-    Raises:
-        ValueError: with their names.
-    """
+def _not_ours(arguments: dict[str, JsonValue]) -> dict[str, JsonValue]:
     if taken := sorted(OURS & set(arguments)):
         raise ValueError(f"{', '.join(taken)}: fields of the experiment, or what a run is told besides")
+    return arguments
+
+
+Arguments = Annotated[dict[str, JsonValue], AfterValidator(_not_ours)]
+"""Arguments of the pipeline, but for those that an experiment has fields for."""
 
 
 class SiteChange(Change):

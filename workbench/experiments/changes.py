@@ -13,15 +13,15 @@ from itertools import chain, combinations, pairwise
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from workbench.experiments.change import (
+    Arguments,
     Change,
     Finite,
     LayerChange,
     Picture,
     Runs,
-    check_arguments,
 )
 from workbench.experiments.site_changes import (
     AblateSpec,
@@ -117,13 +117,7 @@ class TurnSpec(BaseModel):
     step: Annotated[int, Field(ge=0)]
     prompt: str | None = None
     guidance_scale: Finite | None = None
-    arguments: dict[str, JsonValue] = Field(default_factory=dict)
-
-    @field_validator("arguments")
-    @classmethod
-    def _not_ours(cls, arguments: dict[str, JsonValue]) -> dict[str, JsonValue]:
-        check_arguments(arguments)
-        return arguments
+    arguments: Arguments = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:

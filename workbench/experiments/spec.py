@@ -13,14 +13,13 @@ from pydantic import (
     Field,
     JsonValue,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
 from workbench import zoo
 from workbench.errors import InputError
 from workbench.experiments.branching import Fork, acting_in, check_forks, every_fork, first_of
-from workbench.experiments.change import MOST, check_arguments
+from workbench.experiments.change import MOST, Arguments
 from workbench.experiments.changes import AnySpec, check_order
 
 FORMAT = 2
@@ -74,7 +73,7 @@ class ExperimentSpec(BaseModel):
     source_seed: int | None = None
     num_inference_steps: int | None = Field(default=None, ge=1, le=100_000)
     guidance_scale: float | None = Field(default=None, allow_inf_nan=False)
-    arguments: dict[str, JsonValue] = Field(default_factory=dict)
+    arguments: Arguments = Field(default_factory=dict)
     picture: str | None = None
     source_from: int = Field(default=0, ge=0)
     interventions: Annotated[tuple[AnySpec, ...], Field(max_length=MOST, fail_fast=True)] = ()
@@ -138,12 +137,6 @@ class ExperimentSpec(BaseModel):
                 f"{self.source_from} has that run's noise; leave one of the two out"
             )
         return self
-
-    @field_validator("arguments")
-    @classmethod
-    def _not_ours(cls, arguments: dict[str, JsonValue]) -> dict[str, JsonValue]:
-        check_arguments(arguments)
-        return arguments
 
     @model_validator(mode="after")
     def _one_beginning(self) -> Self:
