@@ -5,8 +5,9 @@ import torch
 
 from tests import tiny
 from tests.watching import as_bytes, footprint
-from workbench.errors import InputError, OutOfOrderError, TraceError, UnknownNameError
+from workbench.errors import InputError, OutOfOrderError, ShapeError, TraceError, UnknownNameError
 from workbench.interventions.patch import Patch
+from workbench.interventions.replace import Replace
 from workbench.models.model import DiffusionModel
 
 RUN = {**tiny.WORDED, "num_inference_steps": 3, "seed": 0}
@@ -30,6 +31,42 @@ def test_methods_are_captured_like_modules(model, plain):
     with torch.no_grad():
         again = model.pipeline.vae.decode(plain["vae.decode:input"][0]).sample
     assert torch.equal(decoded[0], again)
+
+
+def test_what_an_image_is_encoded_to_is_captured_read_and_replaced_by_its_parameters():
+    case = tiny.FAMILIES["sd1-img2img"]
+    model = DiffusionModel(case.build())
+    asked = {**case.arguments, "seed": 0}
+    record = model.record(**asked, capture=["vae.encode", "vae.encode:input"])
+    vae = model.pipeline.vae
+    with torch.no_grad():
+        theirs = vae.encode(record["vae.encode:input"][0]).latent_dist
+    assert record["vae.encode"].shape == (1, 1, 8, 8, 8)
+    torch.testing.assert_close(record["vae.encode"][0], theirs.parameters)
+    with model.generate(**asked) as run:
+        seen = model.vae.encode.output.save()
+    torch.testing.assert_close(seen.latent_dist.mean, theirs.mean)
+    assert as_bytes(run.images) == as_bytes(record.images)
+    with model.generate(**asked) as run:
+        model.vae.encode.output = torch.zeros_like(theirs.parameters)
+    other = model.record(
+        **asked, interventions=[Replace("vae.encode", value=torch.zeros_like(theirs.parameters))]
+    )
+    assert as_bytes(run.images) == as_bytes(other.images) != as_bytes(record.images)
+    with model.generate(**asked) as run:
+        model.vae.encode.output = model.vae.encode.output
+    assert as_bytes(run.images) == as_bytes(record.images)
+    with pytest.raises(ShapeError, match=r"latent_dist.parameters \(1, 8, 8, 8\)"), model.generate(**asked):
+        model.vae.encode.output = theirs.mean
+
+
+def test_a_tensor_stands_for_the_tuple_that_holds_just_one(model, plain):
+    with model.generate(**RUN) as run:
+        for _ in run.steps:
+            (prediction,) = model.unet.output
+            assert prediction.shape == (2, 4, 8, 8)
+            model.unet.output = prediction
+    assert as_bytes(run.latents) == as_bytes(plain.latents)
 
 
 def test_the_runs_values_are_those_of_the_record(plain):

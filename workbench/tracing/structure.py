@@ -1,9 +1,12 @@
-"""Values as modules return them: a tensor, or tensors nested in tuples, lists, dicts and model outputs."""
+"""Values as modules return them: a tensor, or tensors nested in tuples, lists, dicts and model outputs.
+
+What an autoencoder's ``encode`` returns, a distribution, holds one tensor: its parameters.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -12,30 +15,26 @@ from workbench.errors import ShapeError, UnknownNameError, nearest
 Key = str | int
 Leaf = tuple[Key, ...]
 
+_PARAMETERS = "parameters"
+"""The one tensor that a distribution is made of."""
+
 
 def leaves(value: Any) -> Iterator[tuple[Leaf, torch.Tensor]]:
     """Yield ``(where, tensor)`` for each tensor in ``value``, depth first."""
     if isinstance(value, torch.Tensor):
         yield (), value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            for rest, tensor in leaves(item):
-                yield (key, *rest), tensor
-    elif isinstance(value, (tuple, list)):
-        for index, item in enumerate(value):
-            for rest, tensor in leaves(item):
-                yield (index, *rest), tensor
+        return
+    for key, item in (_parts(value) or {}).items():
+        for rest, tensor in leaves(item):
+            yield (key, *rest), tensor
 
 
 def map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """Return ``value`` with ``change`` applied to each tensor, the structure kept."""
     if isinstance(value, torch.Tensor):
         return change(value)
-    if isinstance(value, Mapping):
-        return _like_mapping(value, {key: map_tensors(item, change) for key, item in value.items()})
-    if isinstance(value, (tuple, list)):
-        return _like_sequence(value, [map_tensors(item, change) for item in value])
-    return value
+    parts = _parts(value)
+    return value if parts is None else _with(value, {key: map_tensors(parts[key], change) for key in parts})
 
 
 def keep(value: Any) -> Any:
@@ -85,13 +84,7 @@ def put(value: Any, leaf: Leaf, new: Any, *, site: str) -> Any:
     head, rest = leaf[0], leaf[1:]
     part = _descend(value, (head,), site)
     changed = put(part, rest, new, site=site) if rest else new
-    if isinstance(value, Mapping):
-        items = dict(value)
-        items[_key_of(value, head)] = changed
-        return _like_mapping(value, items)
-    entries = list(value)
-    entries[int(head)] = changed
-    return _like_sequence(value, entries)
+    return _with(value, {**(_parts(value) or {}), _key_of(value, head): changed})
 
 
 def check_fit(old: Any, new: Any, *, site: str) -> None:
@@ -126,8 +119,8 @@ def _forms(value: Any) -> dict[Leaf, tuple[torch.Size, torch.dtype]]:
 def _descend(value: Any, leaf: Leaf, site: str) -> Any:
     for depth, key in enumerate(leaf):
         try:
-            value = value[_key_of(value, key)]
-        except (KeyError, IndexError, TypeError):
+            value = (_parts(value) or {})[_key_of(value, key)]
+        except (KeyError, IndexError):
             names = [spell((*leaf[:depth], *rest)) for rest, _ in leaves(value)]
             raise UnknownNameError(
                 f"{site} has no part {spell(leaf[: depth + 1])!r}.{nearest(spell(leaf), names)}"
@@ -136,21 +129,39 @@ def _descend(value: Any, leaf: Leaf, site: str) -> Any:
 
 
 def _key_of(value: Any, key: Key) -> Key:
-    """Positions reach into a mapping too: a model output is both."""
-    if isinstance(value, Mapping) and isinstance(key, int):
-        return cast(Key, list(value)[key])
-    return key
+    """Positions reach into a mapping too, since a model output is both; from the end, too."""
+    return list(_parts(value) or {})[key] if isinstance(key, int) else key
 
 
 def _choices(site: str, found: Sequence[tuple[Leaf, torch.Tensor]]) -> str:
     return ", ".join(f"{site}{spell(leaf)} {describe(tensor)}" for leaf, tensor in found) or "none"
 
 
-def _like_mapping(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
-    return items if type(value) is dict else type(value)(**items)
+def _parts(value: Any) -> dict[Any, Any] | None:
+    """Return what a value is made of, by key or position; None if it is no structure."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, (tuple, list)):
+        return dict(enumerate(value))
+    return {_PARAMETERS: value.parameters} if _is_distribution(value) else None
 
 
-def _like_sequence(value: Sequence[Any], items: list[Any]) -> Any:
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*items)
-    return type(value)(items)  # type: ignore[call-arg]
+def _with(value: Any, parts: dict[Any, Any]) -> Any:
+    """Return a value made anew of other parts."""
+    if type(value) is dict:
+        return parts
+    if isinstance(value, Mapping):
+        return type(value)(**parts)
+    if isinstance(value, (tuple, list)):
+        items = parts.values()
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    parameters = parts[_PARAMETERS]
+    if parameters is value.parameters:
+        return value
+    fixed = getattr(value, "deterministic", None)
+    return type(value)(parameters) if fixed is None else type(value)(parameters, deterministic=fixed)
+
+
+def _is_distribution(value: Any) -> bool:
+    """Whether a value is of what diffusers' autoencoders encode to, which derive all from one tensor."""
+    return isinstance(getattr(value, _PARAMETERS, None), torch.Tensor)

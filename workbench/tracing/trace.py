@@ -217,7 +217,7 @@ class Trace:
         old = self._pause.value
         leaf = _leaf_of(site, old)
         check_fit(pick(old, leaf, site=str(site)) if leaf else old, new, site=str(site))
-        self._pause.value = put(old, leaf, new, site=str(site)) if leaf else new
+        self._pause.value = put(old, leaf, new, site=str(site))
         self._seen[place] = self._pause.value
 
     def skip(self, path: str, value: Any) -> None:
