@@ -172,7 +172,7 @@ def _module(drawn: random.Random, places: Places, target: str) -> list[dict[str,
     if drawn.random() < 0.5:
         return [{**here, "module": f"{OWN}:Halving", "arguments": {"share": 0.25}}]
     change = drawn.choice(({"to": 3.0}, {"times": 0.0}))
-    return [{**here, "module": f"{OWN}:Pairs", "arguments": {}, "feature": 1, **change}]
+    return [{**here, "module": f"{OWN}:Pairs", "arguments": {}, "feature": 2, **change}]
 
 
 def _layer(drawn: random.Random, places: Places) -> dict[str, Any]:
