@@ -64,7 +64,7 @@ def experiment(number: int) -> Experiment:
     places = PLACES[SHIPPED[number // len(KINDS) % len(SHIPPED)]]
     source, target = drawn.sample(PROMPTS, 2)
     kind = list(KINDS)[number % len(KINDS)]
-    given = (target, source) if kind == "patch" else (target,)
+    given = (target, source) if kind in ("patch", "fork") else (target,)
     made = KINDS[kind](drawn, places, *given)
     more: dict[str, Any] = {}
     if kind == "fork":
@@ -117,9 +117,7 @@ def _where(drawn: random.Random, places: Places, target: str) -> dict[str, Any]:
     return found
 
 
-def _patch(
-    drawn: random.Random, places: Places, target: str, source: str = PROMPTS[0]
-) -> list[dict[str, Any]]:
+def _patch(drawn: random.Random, places: Places, target: str, source: str) -> list[dict[str, Any]]:
     found = {"kind": "patch", **_where(drawn, places, target)}
     if "words" in found:
         # The text encoder reads forwards, so that only the last word is told apart in every pair of prompts.
@@ -213,12 +211,13 @@ def _turn(drawn: random.Random, places: Places, target: str) -> list[dict[str, A
     return [first, *turns]
 
 
-def _fork(drawn: random.Random, places: Places, target: str) -> dict[str, Any]:
-    leaf = {"step": 3, "prompt": PROMPTS[3], "interventions": _scale(drawn, places, target)}
-    reweight = {**_reweight(drawn, places, target)[0], "words": {"a": 3.0}}
+def _fork(drawn: random.Random, places: Places, target: str, source: str) -> dict[str, Any]:
+    (scale,) = _scale(drawn, places, PROMPTS[3])
+    leaf = {"step": 3, "prompt": PROMPTS[3], "interventions": [{**scale, "steps": [3]}]}
+    reweight = {**_reweight(drawn, places, target)[0], "words": {"a": 3.0}, "steps": [2]}
     first = {"step": 2, "interventions": [reweight], "forks": [leaf]}
     return {
-        "interventions": _patch(drawn, places, target),
+        "interventions": _patch(drawn, places, target, source),
         "forks": [first, {"step": 1, "guidance_scale": 4.0}],
     }
 
