@@ -4,6 +4,7 @@ import diffusers
 import pytest
 import torch
 
+import workbench
 from tests import tiny
 from tests.watching import as_bytes, forwards_of
 from workbench.errors import InputError, ShapeError, UnknownNameError
@@ -30,6 +31,27 @@ def test_a_fork_without_a_seed_draws_the_same_noise_again(scheduler):
     fork = whole.fork(2)
     assert as_bytes(fork.latents) == as_bytes(whole.latents)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_fork_draws_from_the_generator_as_it_was_given(several, tmp_path):
+    model = sd1("EulerAncestralDiscreteScheduler")
+    given = torch.Generator().manual_seed(3)
+    torch.rand(1, generator=given)
+    asked = {"prompt": [PROMPT, "a blue square"], "generator": [given] * 2} if several else {"generator": given}
+    whole = record(model, seed=None, num_inference_steps=4, **asked)
+    after = given.get_state()
+    plain = torch.Generator().manual_seed(3)
+    torch.rand(1, generator=plain)
+    plainly = {**asked, "generator": [plain] * 2 if several else plain}
+    model.pipeline(**{"prompt": PROMPT, **plainly}, num_inference_steps=4, output_type="latent")
+    assert torch.equal(after, plain.get_state())  # the run has advanced it as without us
+    saved = workbench.load_record(whole.save(tmp_path / "record"), model=model)
+    for step in (0, 1, 3, 1):
+        for each in (whole, saved):
+            assert as_bytes(each.fork(step).latents) == as_bytes(whole.latents)
+    assert as_bytes(whole.fork(2).fork(1).latents) == as_bytes(whole.latents)
+    assert torch.equal(after, given.get_state())
 
 
 @pytest.mark.parametrize("scheduler", ["DDIMScheduler", "PNDMScheduler", "HeunDiscreteScheduler"])

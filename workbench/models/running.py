@@ -26,7 +26,7 @@ from workbench.tracing.gradient import Differentiation, Gradient, Values
 from workbench.tracing.graph import Graph
 from workbench.tracing.record import Record, RunSpec
 from workbench.tracing.replay import Replay
-from workbench.tracing.seeds import Seed, generators, normal, single
+from workbench.tracing.seeds import Seed, generators, normal, set_apart, single
 from workbench.tracing.session import Listener, Session
 from workbench.tracing.sites import Site
 from workbench.tracing.steps import Steps
@@ -310,7 +310,7 @@ class Running(ABC):
         for name in ("num_inference_steps", "timesteps", "sigmas"):
             if changes.get(name, old.arguments.get(name)) != old.arguments.get(name):
                 raise InputError(f"A fork keeps the steps of its run; to change {name}, record anew.")
-        arguments = {**old.arguments, **changes}
+        arguments = {**set_apart(old.arguments), **changes}
         spec, call, rows = self._plan(arguments.pop("prompt", None), old.seed, arguments)
         spec = spec.model_copy(update={"forked_at": step})
         return self._run(spec, call, rows, capture, interventions, listener, Replay(record, step))
@@ -341,7 +341,7 @@ class Running(ABC):
         elif "generator" not in call:
             for manager in self.managers.values():
                 manager.share_noise()
-        spec = RunSpec(model=self._reference, arguments=given, seed=normal(seed))
+        spec = RunSpec(model=self._reference, arguments=set_apart(given), seed=normal(seed))
         samples = self._loaded.samples if isinstance(self._loaded, Loop) else None
         return spec, call, samples or prompts * images
 

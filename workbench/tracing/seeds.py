@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,6 +52,26 @@ def single(seed: Seed) -> torch.Generator:
     if not isinstance(given, int):
         raise InputError(f"A loop of your own draws its noise from one seed, not from {seed!r}.")
     return torch.Generator("cpu").manual_seed(given)
+
+
+def set_apart(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run's arguments with copies of the generators as they are now: a run advances its own.
+
+    What is one generator for several samples is one in the copy too.
+    """
+    made: dict[int, torch.Generator] = {}
+
+    def copy(value: Any) -> Any:
+        if isinstance(value, (list, tuple)) and any(isinstance(each, torch.Generator) for each in value):
+            return type(value)(copy(each) for each in value)
+        if not isinstance(value, torch.Generator):
+            return value
+        if id(value) not in made:
+            made[id(value)] = torch.Generator(value.device)
+            made[id(value)].set_state(value.get_state())
+        return made[id(value)]
+
+    return {name: copy(value) for name, value in arguments.items()}
 
 
 def normal(seed: Seed) -> int | tuple[int, ...] | None:

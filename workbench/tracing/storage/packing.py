@@ -81,6 +81,7 @@ class Writer:
         self._tensors: dict[str, dict[str, torch.Tensor]] = {}
         self._seen: dict[tuple[str, int], dict[str, Any]] = {}
         self._records: dict[int, str] = {}
+        self._generators: dict[int, dict[str, Any]] = {}
         self._alive: list[Any] = []
 
     def write(self, value: Any, part: str, *, hashed: bool = False) -> Any:
@@ -112,12 +113,25 @@ class Writer:
         if isinstance(value, Image.Image):
             return self._image(value, where)
         if isinstance(value, torch.Generator):
-            state = self._tensor(value.get_state(), where)
-            return {TAG: "generator", "device": str(value.device), "state": state}
+            return self._generator(value, where)
         if isinstance(value, Folder):
             return self._record(value)
         node = _plain(value)
         return self._object(value, where) if node is NotImplemented else node
+
+    def _generator(self, value: torch.Generator, where: Where) -> Any:
+        """Return a generator's state, and a name to know it by: one may draw for several samples."""
+        if id(value) not in self._generators:
+            self._alive.append(value)
+            state = self._tensor(value.get_state(), where)
+            name = f"{where.part}/{where.path}"
+            self._generators[id(value)] = {
+                TAG: "generator",
+                "device": str(value.device),
+                "state": state,
+                "name": name,
+            }
+        return self._generators[id(value)]
 
     def _object(self, value: Any, where: Where) -> Any:
         kind = type(value)

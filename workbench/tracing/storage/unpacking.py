@@ -41,6 +41,7 @@ class Reader:
         self._open_record = open_record
         self._open: dict[str, Any] = {}
         self._records: dict[str, Any] = {}
+        self._generators: dict[str, torch.Generator] = {}
         for name, size in files.items():
             path = self._path(name)
             found = path.stat().st_size if path.is_file() else None
@@ -140,9 +141,14 @@ class Reader:
         return Path(node["name"])
 
     def _read_generator(self, node: Any) -> torch.Generator:
-        generator = torch.Generator(node["device"])
-        generator.set_state(self._value(node["state"]).clone())
-        return generator
+        name = node.get("name")
+        if name is None or name not in self._generators:
+            generator = torch.Generator(node["device"])
+            generator.set_state(self._value(node["state"]).clone())
+            if name is None:
+                return generator
+            self._generators[name] = generator
+        return self._generators[name]
 
     def _read_array(self, node: Any) -> Any:
         return self._value(node["tensor"]).numpy()
