@@ -162,6 +162,16 @@ def test_a_traced_loop_waits_where_its_values_are_read(make, arguments):
     assert as_bytes(run.latents) == as_bytes(record.latents)
 
 
+def test_a_scheduler_of_any_name_makes_the_runs_values():
+    loop, parts = unconditional()
+    model = wb.trace_loop(loop, components={"unet": parts["unet"], "noise_scheduler": parts["scheduler"]})
+    with model.generate(seed=0) as run:
+        read = [(run.pred_x0.clone(), run.latents.clone()) for _ in run.steps]
+    record = model.record(seed=0, capture=["latents"])
+    assert as_bytes([each for _, each in read]) == as_bytes(list(record["latents"]))
+    assert as_bytes(torch.stack([each for each, _ in read])) == as_bytes(record.pred_x0)
+
+
 def test_prompts_in_a_loop_have_attention_and_changes_of_their_own():
     loop, components = guided()
     model = wb.trace_loop(loop, components=components)

@@ -101,6 +101,36 @@ def test_in_the_last_stage_steps_are_counted_from_the_end(model, whole):
     assert as_bytes(run.step_latents(4)) != as_bytes(whole.step_latents(4))
 
 
+def test_run_values_are_those_of_the_stage_the_run_is_in(model, whole):
+    with model.generate(**CASCADE.arguments, seed=0) as run:
+        first = run.latents.clone()
+        read = [(run.noise_pred.clone(), run.latents.clone()) for _ in run.steps[1:]]
+    assert as_bytes(first) == as_bytes(whole.ticks[0]["latents"])
+    kept = [(tick["noise_pred"], tick["latents"]) for tick in whole.ticks[1:]]
+    assert as_bytes(read) == as_bytes(kept)
+
+
+def test_run_values_are_kept_and_replaced_in_every_stage(model, whole):
+    asked = ["latents", "prior_scheduler.step:output[0]"]
+    record = model.record(**CASCADE.arguments, seed=0, capture=asked)
+    ticks = [tick["latents"] for tick in whole.ticks]
+    assert as_bytes([each.value for each in record.passages("latents")]) == as_bytes(ticks)
+    assert as_bytes([each.value for each in record.passages(asked[1])]) == as_bytes(ticks[:3])
+    with model.generate(**CASCADE.arguments, seed=0) as run:
+        for row in run.steps[1:]:
+            if row.step == 1:
+                run.latents = run.latents * 0.5
+    assert as_bytes(run.step_latents(0)) == as_bytes(whole.step_latents(0))
+    assert as_bytes(run.step_latents(1)) == as_bytes(whole.step_latents(1) * 0.5)
+
+
+def test_a_derivative_may_be_taken_of_the_latents_of_the_first_stage(model):
+    site = "prior_prior.down_blocks.0.0"
+    asked = {"of": lambda latents: latents.mean(), "wrt": site, "steps": 1, "result": "latents"}
+    found = model.gradient(**CASCADE.arguments, seed=0, **asked, result_step=1)
+    assert found[site].abs().sum() > 0
+
+
 # Where a stage begins and ends
 
 

@@ -18,7 +18,7 @@ from workbench.tracing.ports import hook_port
 from workbench.tracing.record import Passage, Record, RunSpec
 from workbench.tracing.replay import Replay
 from workbench.tracing.rig import Rig, Target
-from workbench.tracing.sites import Site, resolve
+from workbench.tracing.sites import Site, resolve_all
 from workbench.tracing.structure import keep, keep_tensor, pick, put
 from workbench.tracing.system import System
 
@@ -187,7 +187,7 @@ class Session:
         self.system.check_unchanged()
         self.record.captured = {str(site): [] for site in self.capture}
         wanted = self._wanted()
-        places = {place: resolve(self.system.components, place.path) for place in wanted}
+        places = {place: resolve_all(self.system.components, place.path) for place in wanted}
         check(self.system.components, places)
         check_denoisers(self.system.denoisers, forking=self.replay is not None)
         self.record.rng_state = torch.get_rng_state()
@@ -197,8 +197,9 @@ class Session:
         self.clock.attach(self.rig)
         for attach in self.attached:
             attach(self.rig)
-        for place, target in places.items():
-            self._hook(place, target, wanted[place])
+        for place, targets in places.items():
+            for target in targets:
+                self._hook(place, target, wanted[place])
         if self.replay is not None:
             self.replay.attach(self.rig, self.clock)
             for site in self.capture:

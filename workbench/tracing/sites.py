@@ -14,11 +14,15 @@ from workbench.errors import InputError, UnknownNameError, nearest
 from workbench.tracing.ports import PORTS
 from workbench.tracing.rig import Method, Target
 from workbench.tracing.structure import Leaf, spell
+from workbench.tracing.system import is_scheduler
 
 _SPELLING = re.compile(r"^(?P<path>[\w.]+)(?::(?P<port>\w+)(?P<leaf>(?:\.\w+|\[\d+\])*))?$")
 _KEY = re.compile(r"\.(\w+)|\[(\d+)\]")
 
-RUN_VALUES = {"latents": "scheduler.step:output[0]", "noise_pred": "scheduler.step:input"}
+TICK = "scheduler.step"
+"""The path of every scheduler's step, whatever the schedulers are called: each tick of a run passes there."""
+
+RUN_VALUES = {"latents": f"{TICK}:output[0]", "noise_pred": f"{TICK}:input"}
 """Values that belong to the run and to no module, and the sites they pass: the latents after each tick,
 and the guided prediction that the scheduler is handed."""
 
@@ -28,7 +32,8 @@ class Site:
     """A place a value passes.
 
     Attributes:
-        path: the module's path from the pipeline, ``unet.mid_block``, or a method's, ``vae.decode``.
+        path: the module's path from the pipeline, ``unet.mid_block``, or a method's, ``vae.decode``;
+            ``scheduler.step`` is the step of each scheduler there is, ``prior_scheduler.step`` of that one.
         port: which value there; ``output`` is exactly what was returned, ``input`` the first
             argument, ``inputs`` the pair ``(args, kwargs)``, ``heads`` an attention layer's per-head
             outputs and ``text_heads`` those for the text, ``query``, ``key`` and ``value`` what it
@@ -71,13 +76,27 @@ def modules(components: Mapping[str, Any]) -> dict[str, nn.Module]:
     return found
 
 
+def resolve_all(components: Mapping[str, Any], path: str) -> tuple[Target, ...]:
+    """Return what to hook for ``path``: the module or method there, or every scheduler's step.
+
+    Raises:
+        UnknownNameError: there is none; the message lists the nearest paths.
+    """
+    schedulers = {id(part): part for part in components.values() if is_scheduler(part)}
+    if path == TICK and schedulers:
+        return tuple(Method(each, "step") for each in schedulers.values())
+    return (resolve(components, path),)
+
+
 def resolve(components: Mapping[str, Any], path: str) -> Target:
-    """Return the module or method at ``path``.
+    """Return the module or method at ``path``; of several schedulers' steps, the first.
 
     Raises:
         UnknownNameError: there is none; the message lists the nearest paths.
     """
     component, _, rest = path.partition(".")
+    if path == TICK and component not in components:
+        component = next((name for name, part in components.items() if is_scheduler(part)), component)
     if component in components:
         found = _below(components[component], rest)
         if isinstance(found, nn.Module):

@@ -59,8 +59,13 @@ class System:
         return {
             name: part
             for name, part in self.components.items()
-            if hasattr(part, "step") and (hasattr(part, "set_timesteps") or hasattr(part, "timesteps"))
+            if is_scheduler(part)
         }
+
+
+def is_scheduler(part: Any) -> bool:
+    """Whether a component steps latents along a list of timesteps."""
+    return hasattr(part, "step") and (hasattr(part, "set_timesteps") or hasattr(part, "timesteps"))
 
 
 @lru_cache(maxsize=256)

@@ -20,7 +20,7 @@ from workbench.tracing.reads import ReadTensor, plain, read
 from workbench.tracing.record import Record
 from workbench.tracing.rig import Method, Owned, Rig, Target
 from workbench.tracing.session import Session
-from workbench.tracing.sites import Site, resolve
+from workbench.tracing.sites import TICK, Site, resolve, resolve_all
 from workbench.tracing.structure import Leaf, check_fit, describe, pick, put
 from workbench.tracing.walk import Steps
 
@@ -135,12 +135,12 @@ class Trace:
         """In the block: the clean sample predicted in this step, float32; after it: of every tick."""
         if self.ended:
             return self.record.pred_x0
-        args, kwargs = plain(self.value(Site("scheduler.step", "inputs")))
+        args, kwargs = plain(self.value(Site(TICK, "inputs")))
         return self._session.clock.predict(args, kwargs)
 
     @pred_x0.setter
     def pred_x0(self, new: Any) -> None:
-        inputs = Site("scheduler.step", "inputs")
+        inputs = Site(TICK, "inputs")
         args, kwargs = plain(self.value(inputs))
         old, wanted, prediction = self._session.clock.predict(args, kwargs), plain(new), None
         if old is not None:
@@ -352,12 +352,13 @@ class Trace:
         row = self._pause.row if self._pause is not None else None
         self._within = row if row is not None and _component(place) == row.component else None
         self._wanted = place
-        hook = self._hook_once(place, target)
+        hooks = self._hook_once(place)
         try:
             self._resume()
         finally:
             within, self._within, self._wanted = self._within, None, None
-            self._session.rig.drop(hook)
+            for hook in hooks:
+                self._session.rig.drop(hook)
         if self._pause is None or self._pause.place != place:
             raise OutOfOrderError(self._missed(place, target, within))
 
@@ -369,9 +370,11 @@ class Trace:
             self._targets[place] = target
         return self._targets[place]
 
-    def _hook_once(self, place: Site, target: Target) -> Owned:
+    def _hook_once(self, place: Site) -> list[Owned]:
         self._keep_hookable(place.path, itself=place.port not in ("output", "input", "inputs"))
-        return hook_port(self._session.rig, target, place.port, lambda value: self._pass(place, value))
+        targets = resolve_all(self._session.system.components, place.path)
+        pass_by = partial(self._pass, place)
+        return [hook_port(self._session.rig, target, place.port, pass_by) for target in targets]
 
     def _open_entrances(self, rig: Rig) -> None:
         """Watch what each denoiser is called with.
@@ -417,10 +420,8 @@ class Trace:
         for outer in (".".join(parts[:depth]) for depth in range(1, len(parts) + itself)):
             if outer not in self._open_paths:
                 self._open_paths.add(outer)
-                if outer in self._session.system.components:
-                    around = self._session.system.components[outer]
-                else:
-                    around = resolve(self._session.system.components, outer)
+                components = self._session.system.components
+                around = resolve(components, outer) if "." in outer else components.get(outer)
                 if isinstance(around, nn.Module):
                     self._session.rig.after(around, _nothing)
 
