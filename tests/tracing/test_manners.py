@@ -103,6 +103,34 @@ def test_another_thread_is_refused_while_a_block_is_open(model):
     assert "already running" in told[0]
 
 
+def test_another_model_over_the_same_pipeline_is_refused_while_a_block_is_open(model, pipeline):
+    other = DiffusionModel(pipeline)
+    whole = model.record(**RUN)
+    with model.generate(**RUN) as run:
+        run.latents.clone()
+        with pytest.raises(BusyError, match="another that has its denoiser"):
+            other.record(**RUN)
+    assert as_bytes(run.record.latents) == as_bytes(whole.latents)
+    assert as_bytes(other.record(**RUN).latents) == as_bytes(whole.latents)
+
+
+def test_what_the_block_itself_calls_of_the_model_is_not_the_runs(model, pipeline):
+    whole = model.record(**RUN, capture=["unet.conv_in"])
+    taken = []
+    with model.generate(**RUN) as run:
+        for _ in run.steps:
+            args, kwargs = model.unet.inputs
+            taken.append(model.unet.conv_in.output.clone())
+            with torch.no_grad():
+                pipeline.unet(*args, **kwargs)
+                pipeline.vae.decode(torch.zeros(1, 4, 8, 8))
+            run.latents = run.latents
+    assert run.record.ledger == whole.ledger
+    assert as_bytes(run.record.calls) == as_bytes(whole.calls)
+    assert as_bytes(taken) == as_bytes(list(whole["unet.conv_in"]))
+    assert as_bytes(run.record.latents) == as_bytes(whole.latents)
+
+
 class Counting(TorchDispatchMode):
     """Counts the operations that run under it."""
 

@@ -34,6 +34,10 @@ from workbench.tracing.system import System
 from workbench.tracing.trace import Trace
 
 
+_OCCUPIED: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
+"""Whose run each denoiser is in now; several models may have one between them."""
+
+
 class Running(ABC):
     """Methods of a model that run it.
 
@@ -377,10 +381,13 @@ class Running(ABC):
 
     def _occupy(self, session: Session) -> None:
         # Unlike a lock, a dict says whose the run is: an interrupt at any opcode can be tidied up after.
-        if self._running.setdefault("run", session) is not session:
+        taken = any(
+            _OCCUPIED.setdefault(each, session) is not session for each in session.system.denoisers.values()
+        )
+        if taken or self._running.setdefault("run", session) is not session:
             raise BusyError(
-                "This model is already running. Wait for that run to end or stop it; two runs of one model "
-                "would mix their values."
+                "This model is already running, or another that has its denoiser. Wait for that run to end or "
+                "stop it; two runs of one denoiser would mix their values."
             )
         self._together = self._in_lockstep()
         self._together.__enter__()
@@ -397,6 +404,9 @@ class Running(ABC):
     def _end(self, session: Session) -> None:
         """Leave nothing of a run on the model; called twice, for an interrupt in the first."""
         session.rig.sweep()
+        for each in session.system.denoisers.values():
+            if _OCCUPIED.get(each) is session:
+                _OCCUPIED.pop(each, None)
         if self._running.get("run") is session:
             self._trace = None
             del self._running["run"]

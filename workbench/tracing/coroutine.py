@@ -39,6 +39,10 @@ class Coroutine:
         """Whether `begin` was called."""
         return self._greenlet is not None
 
+    def inside(self) -> bool:
+        """Whether the code that asks is the body's."""
+        return greenlet.getcurrent() is self._greenlet
+
     def begin(self) -> None:
         """Make it ready to go, with the torch state and the context variables of now."""
         self._greenlet = greenlet.greenlet(self._body)

@@ -97,9 +97,15 @@ class Owned(partial[Any]):
 
 
 class Rig:
-    """Everything one run has put on a model; `sweep` takes it all off."""
+    """Everything one run has put on a model; `sweep` takes it all off.
+
+    Attributes:
+        inside: whether the code that calls the model now is the run's, where other code goes on beside it:
+            hooks and shadows do nothing for that. None is always; it is set before anything is hooked.
+    """
 
     def __init__(self) -> None:
+        self.inside: Callable[[], bool] | None = None
         self._modules: dict[nn.Module, None] = {}
         self._wrapped: list[tuple[Any, str]] = []
         self._calls: dict[tuple[int, str], _Calls] = {}
@@ -112,7 +118,7 @@ class Rig:
         if isinstance(target, Method):
             return _stand(Owned.of(self, hook, last=last), self._calls_of(target).before)
         self._clean, self._modules[target] = False, None
-        owned = Owned.of(self, hook, target=target, last=last)
+        owned = Owned.of(self, self._for_the_run(hook, _nothing), target=target, last=last)
         target.register_forward_pre_hook(owned, with_kwargs=True)
         self._keep_last(target._forward_pre_hooks)
         return owned
@@ -122,7 +128,7 @@ class Rig:
         if isinstance(target, Method):
             return _stand(Owned.of(self, hook, last=last), self._calls_of(target).after)
         self._clean, self._modules[target] = False, None
-        owned = Owned.of(self, hook, target=target, last=last)
+        owned = Owned.of(self, self._for_the_run(hook, _nothing), target=target, last=last)
         target.register_forward_hook(owned, with_kwargs=True)
         self._keep_last(target._forward_hooks)
         return owned
@@ -132,7 +138,8 @@ class Rig:
         self._clean = False
         self._wrapped.append((target, name))
         own, method = target.__dict__.get(name, _MISSING), getattr(target, name)
-        shadow = Owned.of(self, make(method), before=own, target=target, name=name)
+        call = self._for_the_run(make(method), method)
+        shadow = Owned.of(self, call, before=own, target=target, name=name)
         # Pipelines look at a method's signature to decide what to pass: without this, no generator.
         shadow.__wrapped__ = method
         target.__dict__[name] = shadow
@@ -191,6 +198,14 @@ class Rig:
         self._modes.clear()
         self._calls.clear()
         self._beside.clear()
+        self.inside = None
+
+    def _for_the_run(self, call: Callable[..., Any], other: Callable[..., Any]) -> Callable[..., Any]:
+        """Return what is ``call`` for the run's own code, and ``other`` for the code beside it."""
+        inside = self.inside
+        if inside is None:
+            return call
+        return lambda *args, **kwargs: (call if inside() else other)(*args, **kwargs)
 
     def _calls_of(self, method: Method) -> _Calls:
         key = (id(method.owner), method.name)
@@ -228,6 +243,10 @@ class _Calls:
             return output
 
         return call
+
+
+def _nothing(*_: Any) -> None:
+    """A hook that leaves everything as it is."""
 
 
 def _stand(owned: Owned, hooks: list[Owned]) -> Owned:

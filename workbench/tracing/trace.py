@@ -54,6 +54,7 @@ class Trace:
         self._end = end
         self._finish = finish
         self._coroutine = Coroutine(session.run, own_noise=session.own_noise)
+        session.rig.inside = self._coroutine.inside
         self._pause: Pause | None = None
         self._seen: dict[Site, Any] = {}
         self._seen_in: Row | None = None
