@@ -88,6 +88,58 @@ def test_guidance_of_more_ways_is_named(build, arguments, branches):
     assert torch.equal(torch.cat(parts), whole)
 
 
+class LuminaNextDiT2DModel(nn.Module):
+    """Called as the denoiser that has its conditional half first."""
+
+    def forward(self, hidden_states, timestep):
+        return hidden_states
+
+
+class OmniGenTransformer2DModel(LuminaNextDiT2DModel):
+    """Likewise; with pictures it has a third part, which has those alone."""
+
+
+class ZImageTransformer2DModel(LuminaNextDiT2DModel):
+    """Likewise; it takes its samples as a list."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "sample", "expected"),
+    [
+        (LuminaNextDiT2DModel, SAMPLE, ("cond", "uncond")),
+        (OmniGenTransformer2DModel, SAMPLE, ("cond", "uncond")),
+        (OmniGenTransformer2DModel, torch.zeros(3, 4, 8, 8), ("cond", "uncond", "image")),
+        (ZImageTransformer2DModel, [torch.zeros(4, 1, 8, 8)] * 2, ("cond", "uncond")),
+        (ZImageTransformer2DModel, [torch.zeros(4, 1, 8, 8)] * 3, ("guide0", "guide1", "guide2")),
+        (ZImageTransformer2DModel, [torch.zeros(4, 1, 8, 8)], ("cond",)),
+    ],
+)
+def test_a_denoiser_whose_pipelines_put_the_condition_first_is_known(kind, sample, expected):
+    branches = Branches(System({"transformer": kind()}, print), 1, PROMPT)
+    assert branches.of("transformer", (sample, 500), {}, 0) == expected
+
+
+def test_embeddings_alone_tell_no_branch_but_the_denoiser_does():
+    case = tiny.FAMILIES["stable-cascade"]
+    pipeline = case.build()
+    prior, decoder = pipeline.prior_pipe, pipeline.decoder_pipe
+    given = prior("a red circle", num_inference_steps=1, height=64, width=64)
+    asked = {"prompt_embeds": given.prompt_embeds, "prompt_embeds_pooled": given.prompt_embeds_pooled}
+    negative = {f"negative_{name}": torch.zeros_like(each) for name, each in asked.items()}
+    record = DiffusionModel(decoder).record(
+        image_embeddings=given.image_embeddings,
+        **asked,
+        **negative,
+        num_inference_steps=1,
+        guidance_scale=3.0,
+        capture=["decoder:inputs"],
+    )
+    assert record.ledger.branches == ("cond", "uncond")
+    _, named = record.passages("decoder:inputs")[0].value
+    row = record.ledger[0].rows("cond", 2)
+    assert torch.equal(named["clip_text_pooled"][row], given.prompt_embeds_pooled)
+
+
 def test_a_call_after_one_of_both_branches_is_a_further_way():
     model = DiffusionModel(tiny.sd3())
     asked = {"skip_guidance_layers": [0], "skip_layer_guidance_stop": 0.5, "guidance_scale": 3.0}

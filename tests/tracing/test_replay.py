@@ -38,7 +38,9 @@ def test_a_fork_draws_from_the_generator_as_it_was_given(several, tmp_path):
     model = sd1("EulerAncestralDiscreteScheduler")
     given = torch.Generator().manual_seed(3)
     torch.rand(1, generator=given)
-    asked = {"prompt": [PROMPT, "a blue square"], "generator": [given] * 2} if several else {"generator": given}
+    asked = (
+        {"prompt": [PROMPT, "a blue square"], "generator": [given] * 2} if several else {"generator": given}
+    )
     whole = record(model, seed=None, num_inference_steps=4, **asked)
     after = given.get_state()
     plain = torch.Generator().manual_seed(3)

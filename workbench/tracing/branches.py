@@ -12,10 +12,21 @@ from torch import nn
 
 from workbench.tracing.rig import Rig
 from workbench.tracing.structure import leaves
-from workbench.tracing.system import System
+from workbench.tracing.system import System, kind_of
 
 _BOTH = "cond_uncond"
 _MOST = 16
+
+_COND_FIRST = {
+    *(
+        "DiTTransformer2DModel",
+        "LuminaNextDiT2DModel",
+        "OmniGenTransformer2DModel",
+        "ZImageTransformer2DModel",
+    ),
+    *("StableCascadeUNet", "WuerstchenPrior", "WuerstchenDiffNeXt"),
+}
+"""Denoisers whose pipelines in diffusers put the conditional half of a guided batch first."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +85,10 @@ class Branches:
             return (self.label.removeprefix("pred_"),)
         self._several = self._several and earlier > 0
         sample = args[0] if args else next(iter(kwargs.values()), None)
-        batch = sample.shape[0] if isinstance(sample, torch.Tensor) and sample.ndim else 1
+        batch = _count(sample)
         if self.rows is not None and batch % self.rows == 0 and batch > self.rows:
             if component not in self._orders:
-                self._orders[component] = self._order(args, kwargs, self.rows, batch // self.rows)
+                self._orders[component] = self._order(component, args, kwargs, batch // self.rows)
             self._several = True
             return self._orders[component]
         if self._several:
@@ -93,7 +104,7 @@ class Branches:
         return (("cond", "uncond")[earlier] if earlier < 2 else f"guide{earlier}",)
 
     def _order(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: int, ways: int
+        self, component: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], ways: int
     ) -> tuple[str, ...]:
         """Name the equal parts of a guided batch, in their order.
 
@@ -102,25 +113,30 @@ class Branches:
         if self._given is not None and len(self._given) == ways:
             return self._given
         if getattr(self._system.call, "do_perturbed_attention_guidance", False):
-            return (*self._unperturbed(args, kwargs, rows, ways - 1), "perturbed")
-        return self._unperturbed(args, kwargs, rows, ways)
+            return (*self._unperturbed(component, args, kwargs, ways - 1), "perturbed")
+        return self._unperturbed(component, args, kwargs, ways)
 
     def _unperturbed(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: int, ways: int
+        self, component: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], ways: int
     ) -> tuple[str, ...]:
         """Name the parts of a batch that are guided by conditions.
 
         Of two, most pipelines put the unconditional one first. Guidance by words and an image has three: one
         with both, one without the words, one without either (Brooks et al., 2023).
         """
+        rows = self.rows or 1
         if ways == 1:
             return ("cond",)
         worded = self._worded(args, kwargs, rows, ways)
+        kind = kind_of(self._system.denoisers.get(component)).__name__
         if ways == 2:
             first = _null_class_last(kwargs.get("class_labels"), rows) or worded == [True, False]
             if self._system.by_hand and not first and not any(worded):
                 return ("guide0", "guide1")
+            first = first or (kind in _COND_FIRST and not any(worded))
             return ("cond", "uncond") if first else ("uncond", "cond")
+        if ways == 3 and kind == "OmniGenTransformer2DModel":
+            return ("cond", "uncond", "image")
         blank = _blank(args, kwargs, rows, ways)
         if ways == 3 and worded.count(True) == blank.count(True) == 1 and worded != blank:
             return tuple(
@@ -173,6 +189,13 @@ class Branches:
             self._encodings.append(_Encoding(ids[0], values))
 
 
+def _count(sample: Any) -> int:
+    """Return how many samples a denoiser is handed; some take them as a list."""
+    if isinstance(sample, (list, tuple)):
+        return len(sample)
+    return sample.shape[0] if isinstance(sample, torch.Tensor) and sample.ndim else 1
+
+
 def _null_class_last(labels: Any, rows: int) -> bool:
     """Whether the second half of a guided batch is without a class: the null class is the highest."""
     if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or len(labels) != 2 * rows:
@@ -188,6 +211,8 @@ def _conditioned(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
 def _blank(args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: int, ways: int) -> list[bool]:
     """Return which parts of a batch are handed channels of zeros beside the sample's: an image left out."""
     sample = args[0] if args else next(iter(kwargs.values()))
+    if not isinstance(sample, torch.Tensor) or sample.ndim < 2:
+        return [False] * ways
     channels = sample.reshape(ways, rows, sample.shape[1], -1)[:, 0]
     return [bool((each == 0).all(-1).any()) for each in channels]
 

@@ -56,11 +56,7 @@ class System:
     @cached_property
     def schedulers(self) -> dict[str, Any]:
         """The components that step latents along a list of timesteps."""
-        return {
-            name: part
-            for name, part in self.components.items()
-            if is_scheduler(part)
-        }
+        return {name: part for name, part in self.components.items() if is_scheduler(part)}
 
 
 def is_scheduler(part: Any) -> bool:
@@ -76,14 +72,14 @@ def parameters(function: Callable[..., Any]) -> tuple[str, ...]:
 
 def is_denoiser(part: Any) -> bool:
     """Whether a component predicts noise, velocity or a sample at a timestep."""
-    kind = _kind(part)
+    kind = kind_of(part)
     if not isinstance(part, nn.Module) or any(word in kind.__name__ for word in _NOT_DENOISERS):
         return False
     forward = getattr(kind, "forward", None)
     return forward is not None and bool(_TIME_ARGUMENTS & set(parameters(forward)))
 
 
-def _kind(part: Any) -> Any:
+def kind_of(part: Any) -> Any:
     """Return a component's class; ``torch.compile(module)`` and DDP wrap it in one of their own."""
     inner = part.module if isinstance(part, DistributedDataParallel) else part
     return type(getattr(inner, "_orig_mod", inner))
@@ -91,7 +87,7 @@ def _kind(part: Any) -> Any:
 
 def told_time(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
     """Return the time a denoiser is called with, in its own unit; of the first row where each has one."""
-    names = parameters(_kind(denoiser).forward)[1:]
+    names = parameters(kind_of(denoiser).forward)[1:]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     return next((as_number(given[name]) for name in names if name in _TIME_ARGUMENTS & set(given)), 0.0)
 
