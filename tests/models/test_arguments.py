@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 
 from tests import tiny
@@ -97,6 +98,14 @@ def test_steps_that_are_no_positive_number_are_refused(pipeline, steps):
         ({"batch_size": 4}, 4, 1),
         ({"image": [tiny.picture()] * 2}, 2, 1),
         ({"prompt": "a", "image": [tiny.picture()] * 2}, 1, 1),
+        ({"prompt_embeds": torch.zeros(2, 8, 4)}, 2, 1),
+        ({"prompt_embeds": [torch.zeros(8, 4), torch.zeros(5, 4)]}, 2, 1),
+        ({"image_embeds": torch.zeros(2, 4)}, 2, 1),
+        ({"image_embeds": [torch.zeros(1, 4), torch.zeros(2, 4)]}, 3, 1),
+        ({"image": torch.zeros(2, 3, 16, 16)}, 2, 1),
+        ({"image": np.zeros((3, 16, 16, 3))}, 3, 1),
+        ({"image": torch.zeros(3, 16, 16)}, 1, 1),
+        ({"prompt": "a", "image": torch.zeros(2, 3, 16, 16)}, 1, 1),
     ],
 )
 def test_prompts_and_images_are_counted(arguments, prompts, images):

@@ -39,17 +39,21 @@ def takes(pipeline: Any, name: str) -> bool:
 
 
 def count_prompts(arguments: Mapping[str, Any]) -> int:
-    """Return how many prompts a call has; without words, how many classes or pictures."""
+    """Return how many prompts a call has; without words, how many classes, embeddings or pictures."""
     prompt = arguments.get("prompt")
     if isinstance(prompt, (list, tuple)):
         return len(prompt)
     if isinstance(arguments.get("class_labels"), (list, tuple)):
         return len(arguments["class_labels"])
-    embeds = arguments.get("prompt_embeds")
-    if prompt is None and embeds is not None:
-        return int(embeds.shape[0])
-    if prompt is None and isinstance(arguments.get("image"), (list, tuple)):
-        return len(arguments["image"])
+    if prompt is None:
+        embeds, pictures = arguments.get("prompt_embeds"), arguments.get("image_embeds")
+        image = arguments.get("image")
+        if embeds is not None:
+            return len(embeds)
+        if pictures is not None:
+            return sum(map(len, pictures)) if isinstance(pictures, (list, tuple)) else len(pictures)
+        if isinstance(image, (list, tuple)) or getattr(image, "ndim", 0) >= 4:
+            return len(image)
     return int(arguments.get("batch_size", 1))
 
 
