@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 
 from tests import tiny
 from workbench.errors import InputError, UnknownNameError

@@ -27,6 +27,8 @@ from diffusers import (
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from transformers import (
     CLIPTextModel,
@@ -265,6 +267,28 @@ def qwen() -> QwenImagePipeline:
             num_attention_heads=2,
             joint_attention_dim=WIDTH,
             axes_dims_rope=(8, 4, 4),
+        ),
+    )
+
+
+@seeded
+def z_image() -> ZImagePipeline:
+    """Z-Image in small, without what encodes words: samples and words are lists, the conditional half first."""
+    return ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae(16),
+        text_encoder=None,
+        tokenizer=None,
+        transformer=ZImageTransformer2DModel(
+            in_channels=16,
+            dim=32,
+            n_layers=1,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=WIDTH,
+            axes_dims=[8, 4, 4],
+            axes_lens=[64, 32, 32],
         ),
     )
 

@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 from tests import tiny
+from tests.tiny.images import z_image
+from workbench.errors import InputError
 from workbench.models.model import DiffusionModel
 from workbench.tracing.branches import Branches
 from workbench.tracing.rig import Rig
@@ -117,6 +119,20 @@ class ZImageTransformer2DModel(LuminaNextDiT2DModel):
 def test_a_denoiser_whose_pipelines_put_the_condition_first_is_known(kind, sample, expected):
     branches = Branches(System({"transformer": kind()}, print), 1, PROMPT)
     assert branches.of("transformer", (sample, 500), {}, 0) == expected
+
+
+def test_samples_in_a_list_have_branches_and_forks():
+    model = DiffusionModel(z_image())
+    words, others = torch.ones(5, 16), -torch.ones(3, 16)
+    asked = {"prompt_embeds": [words], "negative_prompt_embeds": [others], "guidance_scale": 4.0}
+    small = {"height": 32, "width": 32, "num_inference_steps": 2, "output_type": "latent"}
+    whole = model.record(**asked, **small, seed=0, capture=["transformer:inputs"])
+    assert [row.branches for row in whole.ledger] == [("cond", "uncond")] * 2
+    (_, _, told), _ = whole.passages("transformer:inputs")[0].value
+    assert torch.equal(told[0], words)
+    assert torch.equal(whole.fork(1).latents, whole.latents)
+    with pytest.raises(InputError, match=r"switched on or off.*cond\+uncond"):
+        whole.fork(1, guidance_scale=0.0)
 
 
 def test_embeddings_alone_tell_no_branch_but_the_denoiser_does():

@@ -33,7 +33,6 @@ from workbench.tracing.steps import Steps
 from workbench.tracing.system import System
 from workbench.tracing.trace import Trace
 
-
 _OCCUPIED: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
 """Whose run each denoiser is in now; several models may have one between them."""
 
@@ -386,8 +385,8 @@ class Running(ABC):
         )
         if taken or self._running.setdefault("run", session) is not session:
             raise BusyError(
-                "This model is already running, or another that has its denoiser. Wait for that run to end or "
-                "stop it; two runs of one denoiser would mix their values."
+                "This model is already running, or another that has its denoiser. Wait for that run to end "
+                "or stop it; two runs of one denoiser would mix their values."
             )
         self._together = self._in_lockstep()
         self._together.__enter__()

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from workbench.errors import ShapeError
+from workbench.errors import InputError, ShapeError
 from workbench.tracing.clock import Clock
 from workbench.tracing.ledger import Row
 from workbench.tracing.record import Passage, Record
@@ -80,6 +80,13 @@ class Replay:
         sample = args[0] if args else next(iter(kwargs.values()))
         match = self._match(row)
         output = self.record.calls[match.call]
+        if isinstance(sample, (list, tuple)):
+            if match.branches != row.branches:
+                raise InputError(
+                    f"Guidance cannot be switched on or off in a fork of this model ({row.component} takes its "
+                    f"samples as a list): the run computes {match.branch}, this one asks for {row.branch}."
+                )
+            return map_tensors(output, lambda tensor: tensor.to(sample[0].device, copy=True))
         size = _batch(output)
         rows = sample.shape[0] if isinstance(sample, torch.Tensor) else size
         if match.branches == row.branches and size == rows:
