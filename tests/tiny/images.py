@@ -273,7 +273,7 @@ def qwen() -> QwenImagePipeline:
 
 @seeded
 def z_image() -> ZImagePipeline:
-    """Z-Image in small, without what encodes words: samples and words are lists, the conditional half first."""
+    """Z-Image in small, without what encodes words: samples and words are lists, the prompt's first."""
     return ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=vae(16),

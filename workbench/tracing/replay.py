@@ -83,8 +83,8 @@ class Replay:
         if isinstance(sample, (list, tuple)):
             if match.branches != row.branches:
                 raise InputError(
-                    f"Guidance cannot be switched on or off in a fork of this model ({row.component} takes its "
-                    f"samples as a list): the run computes {match.branch}, this one asks for {row.branch}."
+                    f"Guidance cannot be switched on or off in a fork of this model ({row.component} takes "
+                    f"its samples as a list): the run computes {match.branch}, the fork {row.branch}."
                 )
             return map_tensors(output, lambda tensor: tensor.to(sample[0].device, copy=True))
         size = _batch(output)
