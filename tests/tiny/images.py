@@ -19,6 +19,8 @@ from diffusers import (
     FluxTransformer2DModel,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
+    LuminaNextDiT2DModel,
+    LuminaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     QwenImagePipeline,
@@ -290,6 +292,29 @@ def z_image() -> ZImagePipeline:
             axes_dims=[8, 4, 4],
             axes_lens=[64, 32, 32],
         ),
+    )
+
+
+@seeded
+def lumina() -> LuminaPipeline:
+    """Lumina in small: the conditional half of a guided batch first, words from a layer before the last."""
+    letters = gemma_tokenizer()
+    return LuminaPipeline(
+        transformer=LuminaNextDiT2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            hidden_size=16,
+            num_layers=1,
+            num_attention_heads=2,
+            num_kv_heads=1,
+            multiple_of=16,
+            cross_attention_dim=WIDTH,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae(4),
+        text_encoder=gemma(letters),
+        tokenizer=letters,
     )
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tests import tiny
-from tests.tiny.images import z_image
+from tests.tiny.images import lumina, z_image
 from workbench.errors import InputError
 from workbench.models.model import DiffusionModel
 from workbench.tracing.branches import Branches
@@ -119,6 +119,19 @@ class ZImageTransformer2DModel(LuminaNextDiT2DModel):
 def test_a_denoiser_whose_pipelines_put_the_condition_first_is_known(kind, sample, expected):
     branches = Branches(System({"transformer": kind()}, print), 1, PROMPT)
     assert branches.of("transformer", (sample, 500), {}, 0) == expected
+
+
+def test_luminas_conditional_rows_are_those_the_prompt_changes():
+    model = DiffusionModel(lumina())
+    site = "transformer:inputs"
+    asked = {"num_inference_steps": 1, "height": 32, "width": 32, "clean_caption": False}
+    told = []
+    for prompt in ("a red circle", "a blue square"):
+        record = model.record(prompt, **asked, output_type="latent", seed=0, capture=[site])
+        told.append(record.passages(site)[0].value[1]["encoder_hidden_states"])
+    same = [torch.equal(one, other) for one, other in zip(*told, strict=True)]
+    branches = record.ledger[0].branches
+    assert dict(zip(branches, same, strict=True)) == {"cond": False, "uncond": True}
 
 
 def test_samples_in_a_list_have_branches_and_forks():

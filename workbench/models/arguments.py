@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from workbench.errors import InputError, UnknownNameError, nearest
 
@@ -46,8 +46,8 @@ def count_prompts(arguments: Mapping[str, Any]) -> int:
     if isinstance(arguments.get("class_labels"), (list, tuple)):
         return len(arguments["class_labels"])
     if prompt is None:
-        embeds, pictures = arguments.get("prompt_embeds"), arguments.get("image_embeds")
-        image = arguments.get("image")
+        named = ("prompt_embeds", "image_embeds", "image")
+        embeds, pictures, image = (cast("Any", arguments.get(each)) for each in named)
         if embeds is not None:
             return len(embeds)
         if pictures is not None:
