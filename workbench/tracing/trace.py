@@ -183,10 +183,9 @@ class Trace:
             yield row
 
     def _each_tick(self) -> Iterator[Row]:
-        last = None
+        ledger = self.record.ledger
         for row in self._each_call():
-            if row.tick != last:
-                last = row.tick
+            if row.call == 0 or ledger[row.call - 1].tick != row.tick:
                 yield row
 
     def __getattr__(self, name: str) -> Any:
@@ -286,46 +285,47 @@ class Trace:
         return self._stopped
 
     def go_to_step(self, step: int) -> Row:
-        """Let the pipeline run to the start of ``step``."""
-        reached = self._pause.row if self._pause is not None else None
-        if self._step is not None and step <= self._step:
+        """Let the pipeline run to the start of ``step``.
+
+        Raises:
+            OutOfOrderError: the run is past it, has ended before it, or calls no denoiser in it.
+        """
+        ledger, row = self.record.ledger, self._starting
+        if row is None or row.step != step or not self._is_first(row):
+            if ledger and step <= ledger[-1].step:
+                raise OutOfOrderError(
+                    f"Step {step} has {'begun' if step == ledger[-1].step else 'passed'}: the run is at "
+                    f"{self._spot()}. Steps only go on; ask for a later one, or for this one before."
+                )
+            self._step, self._catch = None, lambda row: row.step >= step
+            self._resume()
+            self._catch = None
+            row = self._starting
+        if row is None:
             raise OutOfOrderError(
-                f"Step {step} comes before step {self._step}, where the run is; steps only go on."
+                f"The run ended {self._ending}, after {ledger.steps} steps, before step {step}."
             )
-        if (
-            reached is not None
-            and self._pause is not None
-            and self._pause.place is None
-            and reached.step == step
-        ):
-            self._step = step
-            return reached
-        self._step, self._catch = None, lambda row: row.step >= step
-        self._resume()
-        self._catch = None
-        if self._pause is None or self._pause.row is None:
-            raise OutOfOrderError(
-                f"The run ended {self._ending}, after {self.record.ledger.steps} steps, before step {step}."
-            )
-        self._step = step
-        return self._pause.row
+        if row.step != step:
+            raise OutOfOrderError(f"Step {step} has no call of a denoiser; the run is at {self._spot()}.")
+        self._step, self._call = step, None
+        return row
 
     def go_to_next_call(self) -> Row | None:
         """Let the pipeline run to the start of the next denoiser call; None when there is no more."""
         self._step = None
-        last, waiting = self._call, self._pause
-        started = waiting is not None and waiting.place is None and waiting.row is not None
-        if not started or (waiting is not None and waiting.row is not None and waiting.row.call == last):
-            self._catch = lambda row: last is None or row.call > last
+        row = self._starting
+        if row is None or row.call == self._call:
+            self._catch = lambda _: True
             self._resume()
             self._catch = None
-        row = self._pause.row if self._pause is not None else None
+            row = self._starting
         self._call = row.call if row is not None else None
         return row
 
-    def leave_steps(self) -> None:
-        """Reads after the loop are not bound to its last step."""
-        self._step = None
+    def leave_step(self, step: int | None) -> None:
+        """Reads after a loop are not bound to its last step; another loop may have gone on by then."""
+        if self._step == step:
+            self._step = None
 
     def known_steps(self) -> int | None:
         """Return how many steps the run has, letting it start if it must; None if it does not know yet."""
@@ -339,6 +339,15 @@ class Trace:
     def ended(self) -> bool:
         """Whether the pipeline has run to its end."""
         return self._coroutine.ended
+
+    @property
+    def _starting(self) -> Row | None:
+        """The call at whose start the pipeline waits, if it waits at one."""
+        return self._pause.row if self._pause is not None and self._pause.place is None else None
+
+    def _is_first(self, row: Row) -> bool:
+        """Whether a call is the first of its step."""
+        return row.call == 0 or bool(self.record.ledger[row.call - 1].step < row.step)
 
     def _reach(self, site: Site) -> Site:
         """Let the pipeline run until the value at ``site`` passes, if it has not; return its place."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator
 from itertools import count, pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from workbench.errors import InputError, OutOfOrderError
 from workbench.tracing.ledger import Row
 
 if TYPE_CHECKING:
     from workbench.tracing.trace import Trace
+
+Chosen = SupportsIndex | slice | Iterable[SupportsIndex]
 
 
 class Steps:
@@ -22,19 +25,29 @@ class Steps:
     def __iter__(self) -> Iterator[Row]:
         return self._over(slice(None))
 
-    def __getitem__(self, chosen: int | slice | list[int]) -> Iterator[Row]:
+    def __getitem__(self, chosen: Chosen) -> Iterator[Row]:
         """Iterate over the chosen steps, in order.
 
         Raises:
-            InputError: steps that the run does not have, or that run backwards.
+            InputError: steps that the run does not have, that run backwards, or what is no step.
+            OutOfOrderError: the run is past a step; it is met while iterating.
         """
         return self._over(chosen)
 
-    def _over(self, chosen: int | slice | list[int]) -> Iterator[Row]:
+    def _over(self, chosen: Chosen) -> Iterator[Row]:
         total = self._trace.known_steps()
-        if total is None:
-            yield from self._as_they_come(chosen)
-            return
+        wanted = chosen if isinstance(chosen, slice) else _listed(chosen)
+        rows = self._as_they_come(wanted) if total is None else self._known(wanted, total)
+        at = None
+        try:
+            for row in rows:
+                at = row.step
+                yield row
+        finally:
+            # Also after a break, which closes this generator.
+            self._trace.leave_step(at)
+
+    def _known(self, chosen: slice | list[int], total: int) -> Iterator[Row]:
         wanted = self._numbers(chosen, total)
         if any(later <= earlier for earlier, later in pairwise(wanted)):
             raise InputError(f"steps[{chosen}] does not go forward; a run cannot go back. Sort the steps.")
@@ -42,16 +55,16 @@ class Steps:
             if self._trace.stopped:
                 return
             yield self._trace.go_to_step(step)
-        self._trace.leave_steps()
 
-    def _as_they_come(self, chosen: int | slice | list[int]) -> Iterator[Row]:
+    def _as_they_come(self, chosen: slice | list[int]) -> Iterator[Row]:
         """Go on without knowing how many steps there will be: a later stage is still to come."""
         wanted: Iterable[int]
         if isinstance(chosen, slice):
-            wanted = count(chosen.start or 0, chosen.step or 1)
-            named = [chosen.start or 0, chosen.stop or 0, chosen.step or 1]
+            first, stride = chosen.start or 0, chosen.step or 1
+            wanted = count(first, stride) if chosen.stop is None else range(first, chosen.stop, stride)
+            named = [first, chosen.stop or 0, stride]
         else:
-            wanted = named = [chosen] if isinstance(chosen, int) else list(chosen)
+            wanted = named = chosen
         if min(named, default=0) < 0:
             raise InputError(
                 f"steps[{chosen}] counts from the end or backwards, and this run does not know its end "
@@ -60,22 +73,38 @@ class Steps:
         for step in wanted:
             if self._trace.stopped:
                 return
-            if isinstance(chosen, slice) and chosen.stop is not None and step >= chosen.stop:
-                break
+            if isinstance(chosen, slice) and self._is_over(step):
+                return
             try:
                 row = self._trace.go_to_step(step)
             except OutOfOrderError:
-                if isinstance(chosen, slice) and self._trace.ended:
-                    break
+                if isinstance(chosen, slice) and self._is_over(step):
+                    return
                 raise
             yield row
-        self._trace.leave_steps()
 
-    def _numbers(self, chosen: int | slice | list[int], total: int) -> list[int]:
+    def _is_over(self, step: int) -> bool:
+        """Whether the run has ended before ``step``."""
+        return self._trace.ended and step >= self._trace.record.ledger.steps
+
+    def _numbers(self, chosen: slice | list[int], total: int) -> list[int]:
         if isinstance(chosen, slice):
             return list(range(*chosen.indices(total)))
-        numbers = [chosen] if isinstance(chosen, int) else list(chosen)
-        for number in numbers:
+        for number in chosen:
             if not -total <= number < total:
                 raise InputError(f"The run has {total} steps (0 to {total - 1}); {number} is none of them.")
-        return [number % total for number in numbers]
+        return [number % total for number in chosen]
+
+
+def _listed(chosen: Any) -> list[int]:
+    """Return a step, or several, as plain integers, whatever library's numbers they are."""
+    try:
+        return [operator.index(chosen)]
+    except TypeError:
+        pass
+    try:
+        return [operator.index(each) for each in chosen]
+    except TypeError:
+        raise InputError(
+            f"steps[{chosen!r}] does not name steps. Give a number, a slice like 2:5 or a list of numbers."
+        ) from None
