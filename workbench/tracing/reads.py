@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cache
+from typing import Any, SupportsIndex
 
 import torch
 
@@ -38,7 +39,26 @@ class ReadTuple(tuple[Any, ...]):
 
     def save(self) -> tuple[Any, ...]:
         """Return a copy that no later edit can change."""
-        return tuple(map_tensors(plain(item), lambda each: each.detach().clone()) for item in self)
+        return tuple(_copied(item) for item in self)
+
+
+class ReadList(list[Any]):
+    """The list a module returned, with ``.save()``; an item that is set is set in the module's own too.
+
+    Attributes:
+        source: the list itself, as the model has it.
+    """
+
+    source: list[Any]
+
+    def __setitem__(self, index: SupportsIndex | slice, item: Any) -> None:
+        """Put an item in place of another, also for the model."""
+        self.source[index] = plain(item)
+        super().__setitem__(index, item)
+
+    def save(self) -> list[Any]:
+        """Return a copy that no later edit can change."""
+        return [_copied(item) for item in self]
 
 
 def read(value: Any) -> Any:
@@ -51,6 +71,10 @@ def read(value: Any) -> Any:
         return seen
     if type(value) is tuple:
         return ReadTuple(read(item) for item in value)
+    if type(value) is list:
+        items = ReadList(read(item) for item in value)
+        items.source = value
+        return items
     if isinstance(value, dict):
         return _read_output(value)
     return value
@@ -60,6 +84,8 @@ def plain(value: Any) -> Any:
     """Return ``value`` as the model knows it, the reader's types taken off."""
     if isinstance(value, ReadTuple):
         return tuple(plain(item) for item in value)
+    if isinstance(value, ReadList):
+        return [plain(item) for item in value]
     if isinstance(value, dict) and hasattr(value, "save"):
         return type(value).__mro__[1](**{key: plain(item) for key, item in value.items()})
     return map_tensors(value, _plain)
@@ -69,12 +95,16 @@ def _plain(value: Any) -> Any:
     return value.as_subclass(torch.Tensor) if isinstance(value, ReadTensor) else value
 
 
+def _copied(value: Any) -> Any:
+    return map_tensors(plain(value), lambda each: each.detach().clone())
+
+
 def _read_output(value: dict[str, Any]) -> Any:
     """Give a model output ``.save()`` by a subclass made for its type."""
-    kind = type(value)
+    return _with_save(type(value))(**{key: read(item) for key, item in value.items()})
 
-    def save(self: Any) -> Any:
-        return map_tensors(plain(self), lambda each: each.detach().clone())
 
-    subclass = type(kind.__name__, (kind,), {"save": save})
-    return subclass(**{key: read(item) for key, item in value.items()})
+@cache
+def _with_save(kind: type[dict[str, Any]]) -> type[dict[str, Any]]:
+    # Made once: torch keeps each class of model outputs for good.
+    return type(kind.__name__, (kind,), {"save": _copied})
