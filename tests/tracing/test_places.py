@@ -170,6 +170,18 @@ def test_a_stopped_run_keeps_what_was_seen(model, plain):
     assert as_bytes(model.record(**RUN).images) == as_bytes(plain.images)
 
 
+def test_a_stopped_run_forks_up_to_the_step_it_was_stopped_in(model, plain):
+    with model.generate(**RUN) as run:
+        for _ in run.steps[2]:
+            run.stop()
+    for step in (0, 2, -1):
+        assert as_bytes(run.record.fork(step).latents) == as_bytes(plain.latents)
+    with pytest.raises(
+        InputError, match=r"ended within step 2.*fork at that step or an earlier one, not at 3"
+    ):
+        run.record.fork(3)
+
+
 def test_a_run_whose_end_is_not_known_stops_too():
     case = tiny.FAMILIES["stable-cascade"]
     with DiffusionModel(case.build()).generate(**case.arguments, seed=0) as run:

@@ -212,13 +212,20 @@ class Record:
                 ``capture``; what is not named stays as it was.
 
         Raises:
-            InputError: the run has no such step, or the record cannot be run again.
+            InputError: the run has no such step, was ended before it, or cannot be run again.
         """
         if self.model is None:
             raise InputError("This record does not know its model, so it cannot be forked. Record it anew.")
         if not -self.ledger.steps <= step <= self.ledger.steps:
             raise InputError(f"The run has {self.ledger.steps} steps; it cannot fork at step {step}.")
-        return self.model.fork(self, step % self.ledger.steps if step < 0 else step, changes)
+        first = step % self.ledger.steps if step < 0 else step
+        last = max((row.tick for row in self.ledger if row.step < first), default=-1)
+        if self.output is None and last >= len(self.ticks):
+            raise InputError(
+                f"The run was ended within step {self.ledger.steps - 1}, so what that leaves is not known. "
+                f"It can fork at that step or an earlier one, not at {step}."
+            )
+        return self.model.fork(self, first, changes)
 
     def asked(self, site: str) -> Any:
         """Return the `Capture` that chose what was kept at a site; None where everything was."""
