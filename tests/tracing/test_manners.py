@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests import tiny
 from tests.watching import as_bytes, footprint
 from workbench.attention.request import Attention
-from workbench.errors import BusyError, InputError
+from workbench.errors import BusyError, InputError, TraceError, WorkbenchError
 from workbench.models.model import DiffusionModel
+from workbench.tracing.ambient import Ambient
 
 RUN = {**tiny.WORDED, "seed": 0}
 CELL = """\
@@ -165,6 +166,116 @@ def test_noise_drawn_in_the_block_is_the_blocks_own(model):
             drawn.append(torch.randn(2))
     assert all(torch.equal(*pair) for pair in zip(alone, drawn, strict=True))
     assert as_bytes(run.latents) == as_bytes(model.record(**RUN).latents)
+
+
+def unseeded(model, *, draws):
+    """The latents, what the block drew and torch's state after a run that is given no seed."""
+    torch.manual_seed(3)
+    drawn = []
+    with model.generate(**tiny.WORDED, output_type="latent") as run:
+        for _ in run.steps:
+            drawn += [torch.randn(2) for _ in range(draws)]
+    return run.latents, drawn, torch.get_rng_state()
+
+
+def test_noise_drawn_in_the_block_is_its_own_where_the_run_has_no_seed(model, pipeline):
+    """The pipeline draws from torch's own generator, and goes on as it would without the block."""
+    torch.manual_seed(3)
+    alone = pipeline(**tiny.WORDED, output_type="latent").images
+    after = torch.get_rng_state()
+    quiet, none, quiet_after = unseeded(model, draws=0)
+    loud, drawn, loud_after = unseeded(model, draws=1)
+    assert as_bytes(quiet) == as_bytes(loud)
+    assert as_bytes(quiet[-1]) == as_bytes(alone)
+    assert torch.equal(quiet_after, after)
+    assert torch.equal(loud_after, after)
+    assert none == []
+    assert as_bytes(unseeded(model, draws=1)[1]) == as_bytes(drawn)
+    torch.manual_seed(3)
+    assert not any(torch.equal(each, torch.randn(2)) for each in drawn)
+
+
+def test_two_runs_without_a_seed_differ_also_where_one_is_stopped(model):
+    torch.manual_seed(3)
+    seen = []
+    for stopped in (True, False):
+        with model.generate(**tiny.WORDED) as run:
+            for _ in run.steps[1]:
+                seen.append(model.unet.input.save())
+                if stopped:
+                    run.stop()
+    assert not torch.equal(*seen)
+
+
+def elsewhere(work):
+    """Do some work in another thread; return what it raised."""
+    raised = []
+
+    def attempt():
+        try:
+            work()
+        except WorkbenchError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=attempt, name="elsewhere")
+    thread.start()
+    thread.join(60)
+    return raised
+
+
+def test_another_thread_does_not_read_in_a_block_which_goes_on(model):
+    whole = model.record(**RUN)
+    with model.generate(**RUN) as run:
+        value = model.unet.mid_block.output
+        for use in (lambda: model.unet.conv_out.output, run.stop, lambda: next(run.steps[2])):
+            (error,) = elsewhere(use)
+            assert isinstance(error, TraceError)
+            assert "opened in the thread 'MainThread' and is used in 'elsewhere'" in str(error)
+        model.unet.mid_block.output = value
+        assert [row.step for row in run.steps[2:]] == [2, 3]
+    assert not run.stopped
+    assert as_bytes(run.latents) == as_bytes(whole.latents)
+
+
+def test_a_generator_closed_by_another_thread_says_so_and_frees_the_model(model, pipeline):
+    before = footprint(pipeline)
+
+    def passing():
+        with model.generate(**RUN) as run:
+            for _ in run.steps:
+                yield model.unet.mid_block.output
+
+    half_read = passing()
+    next(half_read)
+    (error,) = elsewhere(half_read.close)
+    assert isinstance(error, TraceError)
+    assert "in the thread that opened it" in str(error)
+    del error, half_read
+    assert footprint(pipeline) == before
+    model.record(**RUN)
+
+
+def test_a_read_restores_the_blocks_state_once_and_again_after_an_interrupt(model, monkeypatch):
+    restored, restore = [], Ambient.restore
+
+    def counted(self):
+        restored.append(self)
+        restore(self)
+        if len(restored) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Ambient, "restore", counted)
+
+    def interrupted():
+        with model.generate(**RUN):
+            model.unet.conv_in.output.sum()
+            assert len(restored) == 2
+            model.unet.mid_block.output.sum()
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert restored[4] is restored[3]
+    assert torch.is_grad_enabled()
 
 
 # Steps

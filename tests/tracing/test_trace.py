@@ -138,6 +138,14 @@ def test_inputs_are_read_too(model, whole):
             assert row.branches == ("uncond", "cond")
 
 
+def test_what_the_denoiser_is_called_with_is_read_after_what_comes_before_it(model, whole):
+    with generate(model) as run:
+        words = model.text_encoder.output[0].save()
+        _, given = model.unet.inputs
+        assert torch.equal(given["encoder_hidden_states"][1:], words)
+    assert as_bytes(run.latents) == as_bytes(whole.latents)
+
+
 def test_the_same_value_can_be_read_twice(model):
     with generate(model) as run:
         for _ in run.steps[:2]:
@@ -162,6 +170,28 @@ def test_tuples_and_model_outputs_can_be_saved(model):
     assert isinstance(pair, tuple)
     assert isinstance(pair[0], torch.Tensor)
     assert {type(words).__name__} == {"BaseModelOutputWithPooling"}
+
+
+def test_a_list_can_be_saved_and_edited_as_the_models_own():
+    case = tiny.FAMILIES["controlnet"]
+    model = DiffusionModel(case.build())
+    with model.generate(**case.arguments, seed=0):
+        down, mid = model.controlnet.output
+        kept, one, both = down.save(), down[0].save(), model.controlnet.output.save()
+        down[0] = torch.zeros_like(down[0])
+        down[1][:] = 0
+        _, given = model.unet.inputs
+        assert [bool(each.any()) for each in given["down_block_additional_residuals"][:3]] == [
+            False,
+            False,
+            True,
+        ]
+    assert type(kept) is type(both[0]) is list
+    assert {type(each) for each in (*kept, one)} == {torch.Tensor}
+    assert as_bytes(kept) == as_bytes(both[0])
+    assert torch.equal(kept[0], one)
+    assert one.abs().max() > 0
+    assert mid.ndim == 4
 
 
 # Editing
@@ -328,6 +358,32 @@ def test_the_record_is_there_only_after_the_block(model, whole):
     assert run.ledger == whole.ledger
     with pytest.raises(UnknownNameError):
         run.frames.copy()
+
+
+def test_a_value_of_the_run_that_fails_says_by_what(model):
+    pipeline = tiny.sd1()
+    without = DiffusionModel(pipeline)
+    steps = pipeline.scheduler.step
+
+    def broken(*_, **__):
+        return steps.of_no_such_name
+
+    def read(name):
+        pipeline.scheduler.step = broken
+        try:
+            with without.generate(PROMPT, num_inference_steps=2) as run:
+                getattr(run, name)
+        finally:
+            del pipeline.scheduler.step
+
+    with pytest.raises(AttributeError, match="has no attribute 'of_no_such_name'"):
+        read("latents")
+    with without.generate(PROMPT, num_inference_steps=2) as run:
+        for name in ("latents", "noise_pred", "pred_x0"):
+            run._session.system.components.pop("scheduler", None)
+            run._targets.clear()
+            with pytest.raises(UnknownNameError, match=r"no module or method 'scheduler\.step'"):
+                getattr(run, name)
 
 
 def test_an_unknown_module_in_a_block_names_the_nearest(model):

@@ -42,10 +42,19 @@ def take_two(model, run):
     list(run.steps[:2])
 
 
+def clear(model, steps):
+    for _ in steps:
+        model.unet.mid_block.output = 0 * model.unet.mid_block.output
+
+
 @pytest.mark.parametrize(
     ("before", "chosen", "said"),
     [
-        (read_step, 1, r"Step 1 has passed: the run is at unet\.mid_block, step 3, call 3\. Steps only go on"),
+        (
+            read_step,
+            1,
+            r"Step 1 has passed: the run is at unet\.mid_block, step 3, call 3\. Steps only go on",
+        ),
         (read_step, 3, r"Step 3 has begun: the run is at unet\.mid_block, step 3"),
         (pass_step, 0, r"Step 0 has passed: the run is at the start of the denoiser, step 2"),
         (break_off_calls, 1, r"Step 1 has passed: the run is at the start of the denoiser, step 2"),
@@ -56,8 +65,7 @@ def test_a_loop_that_goes_back_is_refused_and_changes_nothing(model, whole, befo
     with model.generate(**RUN) as run:
         before(model, run)
         with pytest.raises(OutOfOrderError, match=said):
-            for _ in run.steps[chosen]:
-                model.unet.mid_block.output = 0 * model.unet.mid_block.output
+            clear(model, run.steps[chosen])
     assert as_bytes(run.latents) == as_bytes(whole.latents)
 
 

@@ -41,6 +41,13 @@ def drop_modes(modes: Sequence[Any]) -> None:
             _push_mode(mode)  # type: ignore[no-untyped-call]
 
 
+def other_noise() -> None:
+    """Let torch's own random numbers on the CPU go on from another place, which that of now determines."""
+    now = torch.Generator()
+    now.set_state(torch.get_rng_state())
+    torch.default_generator.manual_seed(int(torch.randint(2**63 - 1, (), generator=now)))
+
+
 @dataclass
 class Ambient:
     """Grad mode, autocast by device, the stacks of torch function and dispatch modes of one side.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextvars import copy_context
 from functools import partial
@@ -10,7 +11,8 @@ from typing import Any
 import greenlet
 import torch
 
-from workbench.tracing.ambient import Ambient
+from workbench.errors import TraceError
+from workbench.tracing.ambient import Ambient, other_noise
 
 
 class Coroutine:
@@ -22,15 +24,19 @@ class Coroutine:
     Args:
         body: the function.
         own_noise: whether torch's own random numbers are each side's own too.
+        hands_over: whether the body has those that the outside would have had: the outside has others while
+            the body is under way, and at its end goes on from where the body left them.
 
     Attributes:
         ended: whether it has come to its end, or been ended.
     """
 
-    def __init__(self, body: Callable[[], Any], *, own_noise: bool = False) -> None:
+    def __init__(self, body: Callable[[], Any], *, own_noise: bool = False, hands_over: bool = False) -> None:
         self.ended = False
         self._own_noise = own_noise
+        self._hands_over = hands_over
         self._body = body
+        self._thread = threading.current_thread()
         self._greenlet: greenlet.greenlet | None = None
         self._inside: Ambient | None = None
 
@@ -45,10 +51,25 @@ class Coroutine:
 
     def begin(self) -> None:
         """Make it ready to go, with the torch state and the context variables of now."""
-        self._greenlet = greenlet.greenlet(self._body)
+        self._thread = threading.current_thread()
+        self._greenlet = greenlet.greenlet(self._run)
         # A greenlet starts without context variables; what the body prints must find the cell's output.
         self._greenlet.gr_context = copy_context()
         self._inside = self._now()
+        if self._hands_over:
+            other_noise()
+
+    def check_thread(self) -> None:
+        """Refuse another thread than the one it began in.
+
+        Raises:
+            TraceError: both threads are named.
+        """
+        if (here := threading.current_thread()) is not self._thread:
+            raise TraceError(
+                f"This run was opened in the thread {self._thread.name!r} and is used in {here.name!r}. "
+                "Read, stop and close it (or the generator its block stands in) in the thread that opened it."
+            )
 
     def wait(self) -> None:
         """In the body: hand over to the outside until it lets the body go on."""
@@ -69,18 +90,29 @@ class Coroutine:
     def end(self) -> None:
         """Outside: make the body unwind from where it waits, if it waits."""
         coroutine = self._greenlet
-        if coroutine is not None and not coroutine.dead and coroutine:
-            self._cross(coroutine, partial(coroutine.throw, greenlet.GreenletExit))
-        self.ended = True
+        try:
+            if coroutine is not None and not coroutine.dead and coroutine:
+                self._cross(coroutine, partial(coroutine.throw, greenlet.GreenletExit))
+        finally:
+            self.ended = True
+            left, self._inside = self._inside, None
+            if self._hands_over and left is not None and left.noise is not None:
+                torch.set_rng_state(left.noise)
+
+    def _run(self) -> Any:
+        try:
+            return self._body()
+        finally:
+            self._inside = self._now()
 
     def _now(self) -> Ambient:
         return Ambient(noise=torch.get_rng_state() if self._own_noise else None)
 
     def _cross(self, coroutine: greenlet.greenlet, into: Callable[[], Any]) -> None:
         """Go into the body with its torch state, and come back with the outside's."""
+        self.check_thread()
         coroutine.parent = greenlet.getcurrent()
-        outside = self._now()
-        # Twice: an interrupt may come in the middle of the first.
+        outside, restored = self._now(), False
         try:
             try:
                 if self._inside is not None:
@@ -88,5 +120,8 @@ class Coroutine:
                 into()
             finally:
                 outside.restore()
+                restored = True
         finally:
-            outside.restore()
+            # An interrupt may have come in the middle of the first.
+            if not restored:
+                outside.restore()

@@ -129,8 +129,8 @@ class Session:
 
     @property
     def own_noise(self) -> bool:
-        """Whether the run's seed is torch's own: there is no generator to hand it to."""
-        return self.record.spec.seed is not None and "generator" not in self.arguments
+        """Whether the run draws from torch's own generator: it is handed none."""
+        return self.arguments.get("generator") is None
 
     @contextmanager
     def _noise(self) -> Iterator[None]:

@@ -53,7 +53,9 @@ class Trace:
         self._begin = begin
         self._end = end
         self._finish = finish
-        self._coroutine = Coroutine(session.run, own_noise=session.own_noise)
+        own_noise = session.own_noise
+        hands_over = own_noise and session.record.spec.seed is None
+        self._coroutine = Coroutine(session.run, own_noise=own_noise, hands_over=hands_over)
         session.rig.inside = self._coroutine.inside
         self._pause: Pause | None = None
         self._seen: dict[Site, Any] = {}
@@ -115,7 +117,10 @@ class Trace:
 
     @property
     def latents(self) -> Any:
-        """In the block: the latents this step leaves, ``(batch, channels, ...)``; after it: of every tick."""
+        """In the block: the latents the next tick leaves, ``(batch, channels, ...)``; after it: of all ticks.
+
+        That is what the step leaves, but where a step has two ticks (Heun, KDPM2): there go by `ticks`.
+        """
         return self._run_value("latents")
 
     @latents.setter
@@ -124,7 +129,10 @@ class Trace:
 
     @property
     def noise_pred(self) -> Any:
-        """In the block: the guided prediction the scheduler is handed; after it: of every tick."""
+        """In the block: the guided prediction handed over in the next tick; after it: of all ticks.
+
+        Where a step has two ticks, go by `ticks` for both.
+        """
         return self._run_value("noise_pred")
 
     @noise_pred.setter
@@ -133,11 +141,11 @@ class Trace:
 
     @property
     def pred_x0(self) -> Any:
-        """In the block: the clean sample predicted in this step, float32; after it: of every tick."""
-        if self.ended:
-            return self.record.pred_x0
-        args, kwargs = plain(self.value(Site(TICK, "inputs")))
-        return self._session.clock.predict(args, kwargs)
+        """In the block: the clean sample predicted in the next tick, float32; after it: of all ticks.
+
+        Where a step has two ticks, go by `ticks` for both.
+        """
+        return self._run_value("pred_x0")
 
     @pred_x0.setter
     def pred_x0(self, new: Any) -> None:
@@ -191,12 +199,24 @@ class Trace:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
+        if hasattr(type(self), name):
+            raise self.__dict__.pop("_failed", None) or AttributeError(name)
         if not self.ended and name not in ("ledger", "captured", "spec"):
             raise TraceError(f"run.{name} is there after the block has ended; the run is still going on.")
         return getattr(self._session.record, name)
 
     def _run_value(self, name: str) -> Any:
-        return getattr(self.record, name) if self.ended else self.value(Site.parse(name))
+        if self.ended:
+            return getattr(self.record, name)
+        try:
+            if name != "pred_x0":
+                return self.value(Site.parse(name))
+            args, kwargs = plain(self.value(Site(TICK, "inputs")))
+            return self._session.clock.predict(args, kwargs)
+        except AttributeError as error:
+            # Python drops one that a property raises and asks `__getattr__`, which raises it.
+            self._failed = error
+            raise
 
     def value(self, site: Site) -> Any:
         """Return the value at ``site``, letting the pipeline run up to it."""
@@ -275,6 +295,7 @@ class Trace:
 
         The record then has no output, and its ledger ends with the call that was under way.
         """
+        self._coroutine.check_thread()
         self._stopped, self._ending = True, "by run.stop()"
         self._coroutine.end()
         self._pause = None
@@ -362,7 +383,9 @@ class Trace:
         row = self._pause.row if self._pause is not None else None
         self._within = row if row is not None and _component(place) == row.component else None
         self._wanted = place
-        hooks = self._hook_once(place)
+        # At an entrance there is a hook already, and one that is taken off in a call breaks those behind it.
+        entrance = place.port == "inputs" and place.path in self._session.system.denoisers
+        hooks = [] if entrance else self._hook_once(place)
         try:
             self._resume()
         finally:
@@ -454,6 +477,7 @@ class Trace:
                 f"{asked} ended {self._ending}, after {self.record.ledger.steps} steps. Ask for a value "
                 "before those that come after it, inside the with block."
             )
+        self._coroutine.check_thread()
         self._session.system.check_unchanged()
         self._pause = None
         try:
