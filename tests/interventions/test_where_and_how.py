@@ -6,6 +6,7 @@ import torch
 import workbench as wb
 from tests import tiny
 from workbench.errors import InputError, NotFiniteError, ShapeError, UnknownNameError
+from workbench.interventions.intervention import spread
 from workbench.models.model import DiffusionModel
 
 MIDDLE = "unet.mid_block"
@@ -99,6 +100,47 @@ def test_a_mask_says_where_in_the_picture_at_any_size(model, source, target):
         half = new.shape[-1] // 2
         assert torch.equal(new[..., :half], given[..., :half])
         assert torch.equal(new[..., half:], old[..., half:])
+
+
+def test_a_mask_of_another_shape_than_the_picture_is_laid_over_all_of_it():
+    """Of a picture of 8 by 16 latents; and a mask that is as wide as high says nothing of how that lies."""
+    model = wb.DiffusionModel(tiny.sd1())
+    row = model.record("a red dot", height=16, width=32, num_inference_steps=1, seed=0).ledger[0]
+    assert row.picture == (8, 16)
+    for mask in ([[1.0, 0.0, 0.0, 0.0]], [[1.0, 0.0, 0.0, 0.0]] * 4):
+        share = spread(torch.tensor(mask), torch.zeros(1, 128, 3), row, site="unet.x").reshape(8, 16)
+        assert (share[:, :2] == 1).all()
+        assert (share[:, 6:] == 0).all()
+    assert spread(torch.tensor([[1.0, 0.0]]), torch.zeros(1, 32, 3), row, site="unet.x").sum() == 16
+
+
+@pytest.mark.parametrize(
+    ("site", "says"),
+    [
+        (WORDS, "24 places of .* tokens of a text"),
+        (f"{HIDDEN}.attn2:key", "tokens of a text"),
+        ("unet.time_embedding", "no picture"),
+    ],
+)
+def test_a_mask_is_refused_where_text_passes(model, site, says):
+    with pytest.raises(InputError, match=says):
+        run(model, "a blue square", wb.Ablate(site, mask=torch.ones(2, 2)))
+
+
+def test_a_mask_is_laid_over_the_tokens_of_a_packed_picture_and_refused_where_text_is_beside_it():
+    model = wb.DiffusionModel(tiny.flux())
+    given = {"height": 16, "width": 32, "max_sequence_length": 24, "num_inference_steps": 1, "seed": 0}
+    block = "transformer.transformer_blocks.0.ff"
+    mask = wb.Ablate(block, mask=torch.tensor([[1.0, 0.0]]))
+    rows, columns = model.record("a dot", **given).ledger[0].picture
+    assert columns == 2 * rows
+    kept = model.record("a dot", capture=[block], interventions=[mask], **given)[block][0, 0]
+    ablated = (kept == 0).all(-1).reshape(rows, columns)
+    assert ablated[:, : columns // 4].all()
+    assert not ablated[:, columns // 2 :].any()
+    single = wb.Ablate("transformer.single_transformer_blocks.0.norm:output[0]", mask=torch.ones(2, 2))
+    with pytest.raises(InputError, match="a text of 24 and the picture in one"):
+        model.record("a dot", interventions=[single], **given)
 
 
 def test_strength_goes_part_of_the_way(model, source, target):

@@ -130,7 +130,7 @@ def apply(change, call, value):
         if "strength" in change:
             new = part + change["strength"] * (new - part)
         if "mask" in change:
-            share = spread(change["mask"], part, place)
+            share = spread(change, part, place)
             new = torch.where(share == 1, new, part + share * (new - part))
         part[:] = new
     return put(value, place[2], changed)
@@ -236,14 +236,14 @@ def resized(picture, shape):
     )[0, 0]
 
 
-def spread(mask, value, place):
+def spread(change, value, place):
     """Return a mask of the picture at the size of a value: (batch, channels, rows, columns) or in a row."""
     if value.ndim > 3 and place[3] is None:
-        return resized(mask, value.shape[-2:]).to(value)
-    places = value.shape[-2]
-    height = max(round((places * len(mask) / len(mask[0])) ** 0.5), 1)
-    height = next(h for h in (height, height - 1, height + 1) if h > 0 and places % h == 0)
-    return resized(mask, (height, places // height)).flatten()[:, None].to(value)
+        return resized(change["mask"], value.shape[-2:]).to(value)
+    rows, columns = change["picture"]  # of the latents
+    sizes = [(-(-rows // side), -(-columns // side)) for side in (1, 2, 4, 8, 16, 32, 64, 128)]
+    size = next(each for each in sizes if each[0] * each[1] == value.shape[-2])
+    return resized(change["mask"], size).flatten()[:, None].to(value)
 '''
 
 TAKEN = '''

@@ -52,7 +52,7 @@ def edit(make, change, call, handed, rest):
     if "mask" not in change:
         return changed
     image = slice(*change["image"])
-    share = spread(change["mask"], edited[:, :, image], change["at"][0])
+    share = spread(change, edited[:, :, image], change["at"][0])
     plain[:, :, image] += share * (changed - plain)[:, :, image]
     return plain
 

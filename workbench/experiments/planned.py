@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from workbench.attention.heads import head_count, projection_path
@@ -23,14 +24,14 @@ from workbench.experiments.site_changes import (
     SteerSpec,
 )
 from workbench.experiments.surveying import Group, Survey
-from workbench.interventions.intervention import BY_HEAD
+from workbench.interventions.intervention import BY_HEAD, spread
 from workbench.interventions.scale import drawn
 from workbench.models.model import DiffusionModel
 from workbench.tracing.guards import KERNEL_PORTS
 from workbench.tracing.ledger import ALL, Row
 from workbench.tracing.record import Record
 from workbench.tracing.sites import Site, resolve
-from workbench.tracing.structure import Leaf, leaves
+from workbench.tracing.structure import Leaf, leaves, pick
 
 Place = tuple[str, str, Leaf, int | None]
 """Where a value passes in a script, see `workbench.experiments.machine`."""
@@ -108,7 +109,9 @@ class Planner:
             plan["heads"] = list(change.heads)
         if change.words is not None or change.tokens is not None:
             plan["tokens"] = self._tokens(change)
-        plan |= _partly(change)
+        plan |= _partly(change, run)
+        if change.mask is not None:
+            self._check_mask(change, run)
         if isinstance(change, ScaleSpec):
             plan["factor"] = change.factor
         elif isinstance(change, PatchSpec):
@@ -158,7 +161,7 @@ class Planner:
         }
         if edit.heads is not None:
             plan["heads"] = list(edit.heads)
-        plan |= _partly(edit)
+        plan |= _partly(edit, run)
         keys = [list(columns) for columns in group.place.keys]
         if isinstance(edit, ReweightSpec):
             plan["words"] = list(zip(keys, edit.words.values(), strict=True))
@@ -218,6 +221,15 @@ class Planner:
         assert change.words is not None
         return list(self.experiment.places(self.target, change.words)(_length(self.target, change.site)))
 
+    def _check_mask(self, change: SiteChange, run: _Part) -> None:
+        """Refuse a mask where the site has no picture for it, as the run would.
+
+        Raises:
+            InputError: what passes there is no picture.
+        """
+        value = pick(_passed(run.run, change.site), (), site=change.site)
+        spread(torch.tensor(change.mask), value, run.run.ledger[0], site=change.site)
+
     def _from_tokens(self, change: PatchSpec) -> list[int] | None:
         if change.from_tokens is not None:
             return list(change.from_tokens)
@@ -272,10 +284,12 @@ def _given(change: Any, run: _Part, source: Record) -> dict[int, list[tuple[int,
     return found
 
 
-def _partly(change: Change) -> dict[str, Any]:
+def _partly(change: Change, run: _Part) -> dict[str, Any]:
     """Return how much of a change is made, and where."""
     found: dict[str, Any] = {} if change.strength == 1 else {"strength": change.strength}
-    return found if change.mask is None else {**found, "mask": [list(row) for row in change.mask]}
+    if change.mask is None:
+        return found
+    return {**found, "mask": [list(row) for row in change.mask], "picture": run.run.ledger[0].picture}
 
 
 def _of_scheduler(change: Change) -> bool:
@@ -294,7 +308,12 @@ def _passing(run: Record, step: int, branch: str, whole: bool) -> list[tuple[int
 
 
 def _length(run: Record, site: str) -> int:
-    """Return how long the sequence at a site is in a run, from a call of its own if it did not keep it."""
+    """Return how long the sequence at a site is in a run."""
+    return int(_passed(run, site).shape[2 if Site.parse(site).port in BY_HEAD else 1])
+
+
+def _passed(run: Record, site: str) -> Any:
+    """Return what passes a site of a run at last, from a call of its own if it did not keep it."""
     if site not in run.captured:
         run = run.fork(run.ledger.steps - 1, capture=[site], interventions=[])
-    return int(run.passages(site)[-1].value.shape[2 if Site.parse(site).port in BY_HEAD else 1])
+    return run.passages(site)[-1].value

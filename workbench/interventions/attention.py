@@ -348,7 +348,7 @@ class _Acting:
         if edit.mask is None:
             return changed
         image = call.scope.span("image", edited.shape[2])
-        share = spread(edit.mask, edited[:, :, image], site=f"{call.scope.path}:heads")
+        share = spread(edit.mask, edited[:, :, image], call.row, site=f"{call.scope.path}:heads")
         plain[:, :, image] += share * (changed - plain)[:, :, image]
         return plain
 

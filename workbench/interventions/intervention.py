@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -11,7 +12,6 @@ from typing import Any
 
 import torch
 
-from workbench.attention.geometry import grid
 from workbench.attention.maps import resize
 from workbench.errors import InputError, NotFiniteError
 from workbench.tracing.ledger import ALL, Row
@@ -22,6 +22,17 @@ from workbench.tracing.structure import describe
 BY_HEAD = ("heads", "text_heads", "query", "key", "value", "probs")
 """Ports whose values are ``(batch, heads, …)``."""
 
+
+_SIDES = [2**level for level in range(8)]
+"""How many latents a side a place of a sequence may stand for."""
+
+_OF_TEXT = re.compile(
+    r"encoder_hidden_states|text|caption|add_[qkv]_proj|to_add_out|(attn2|cross_attn)(\.to_[kv]|:key|:value)"
+)
+"""Sites of the text, where it is as long as the picture."""
+
+_OF_FRAMES = re.compile(r"temp|motion")
+"""Sites whose sequences go from frame to frame."""
 
 Places = int | Iterable[int] | Callable[[int], Iterable[int]] | None
 """Places of a sequence, or what returns them when it is told how long it is."""
@@ -44,7 +55,8 @@ class Intervention(ABC):
             width)`` or have heads; the others stay as they are, to the bit. None is every place. What can be
             called is told how long the sequence is, and returns them.
         mask: how much of the change each place of the picture gets, in [0, 1], ``(rows, columns)`` of the
-            whole picture, at any size.
+            whole picture, at any size. At a site whose values are ``(batch, tokens, width)`` or have heads
+            the tokens are those of the picture, row by row; a sequence with text in it takes no mask.
         strength: how much of the change is made: 1 is all of it, 0 is none, 2 goes as far again.
     """
 
@@ -135,7 +147,7 @@ class Intervention(ABC):
         if self.strength != 1:
             new = value + self.strength * (new - value)
         if self.mask is not None:
-            share = spread(self.mask, value, site=str(site))
+            share = spread(self.mask, value, row, site=str(site))
             new = torch.where(share == 1, new, value + share * (new - value))
         if not torch.isfinite(new).all() and torch.isfinite(value).all():
             raise NotFiniteError(
@@ -197,27 +209,56 @@ def check_mask(mask: object, name: str) -> None:
         raise InputError(f"The weights of {name} go from 0 to 1; these go from {mask.min()} to {mask.max()}.")
 
 
-def spread(mask: torch.Tensor, value: torch.Tensor, *, site: str) -> torch.Tensor:
+def spread(mask: torch.Tensor, value: torch.Tensor, row: Row, *, site: str) -> torch.Tensor:
     """Return a mask of the picture at the size that a value has, so that the two can be multiplied.
 
     Args:
         mask: ``(rows, columns)``, in [0, 1].
         value: ``(batch, channels, rows, columns)``, the same with frames before the rows, ``(batch, places,
             width)`` or ``(batch, heads, places, width)`` with the places of the picture row by row.
+        row: the denoiser's call, which knows the size of the latents.
         site: named where it does not fit.
 
     Raises:
-        InputError: the value is no picture.
+        InputError: the value is no picture, or a sequence in which text stands.
     """
     by_head = Site.parse(site).port in BY_HEAD
     if value.ndim == 3 or by_head:
-        shape = grid(value.shape[-2], mask.shape[1], mask.shape[0])
-        if shape is None:
-            raise InputError(f"The {value.shape[-2]} places of {site} form no picture like the mask's.")
-        return resize(mask.float(), shape).flatten()[:, None].to(value.device, value.dtype)
+        shape, frames = _lying(value.shape[-2], row, site)
+        share = resize(mask.float(), shape).flatten().repeat(frames)
+        return share[:, None].to(value.device, value.dtype)
     if value.ndim < 4:
         raise InputError(f"{site} has values of {describe(value)}, which are no picture for a mask.")
     return resize(mask.float(), tuple(value.shape[-2:])).to(value.device, value.dtype)
+
+
+def _lying(places: int, row: Row, site: str) -> tuple[tuple[int, int], int]:
+    """Return the rows and columns that the places of a sequence form, and of how many frames."""
+    if row.picture is None:
+        raise InputError(
+            f"How the {places} places of {site} lie in the picture is not known: {row.component} is not told "
+            "it. Choose them with tokens, or take a site whose values are (batch, channels, rows, columns)."
+        )
+    *film, rows, columns = row.picture
+    thinned = {math.ceil(count / by) for count in (1, *film) for by in (1, 2, 4)}
+    sizes = [(math.ceil(rows / side), math.ceil(columns / side)) for side in _SIDES]
+    found = [(size, many) for size in sizes for many in sorted(thinned) if size[0] * size[1] * many == places]
+    if places in row.texts and (not found or _OF_TEXT.search(site)):
+        raise InputError(
+            f"The {places} places of {site} are the tokens of a text, and a mask is of the picture. Choose "
+            "them with tokens (or words, in an experiment)."
+        )
+    if not found or (film and _OF_FRAMES.search(site)):
+        joined = "".join(
+            f" It may be a text of {text} and the picture in one."
+            for text in row.texts
+            if any(places - text == size[0] * size[1] for size in sizes)
+        )
+        raise InputError(
+            f"The {places} places of {site} form no picture of {rows} by {columns} latents.{joined} Choose "
+            "them with tokens, or mask another site."
+        )
+    return found[0]
 
 
 def numbers(name: str, asked: int | Iterable[int]) -> tuple[int, ...]:

@@ -13,11 +13,12 @@ from workbench.errors import InputError
 from workbench.tracing import prediction
 from workbench.tracing.branches import Branches
 from workbench.tracing.ledger import Ledger, Row
+from workbench.tracing.picture import picture_of, texts_of
 from workbench.tracing.rig import Method, Rig
 from workbench.tracing.scheduler_call import SchedulerCall
 from workbench.tracing.stages import Stages
 from workbench.tracing.structure import Leaf, put
-from workbench.tracing.system import System, told_time
+from workbench.tracing.system import System, told, told_time
 
 
 @dataclass(frozen=True)
@@ -113,10 +114,9 @@ class Clock:
 
     def _entering(self, component: str) -> Callable[..., None]:
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            scheduler = self._stages.scheduler
-            timestep = self._next_timestep(
-                scheduler, told_time(self.system.denoisers[component], args, kwargs)
-            )
+            scheduler, denoiser = self._stages.scheduler, self.system.denoisers[component]
+            given = told(denoiser, args, kwargs)
+            timestep = self._next_timestep(scheduler, told_time(denoiser, given))
             self._stages.called(self.ticks, timestep)
             earlier = sum(1 for row in self.ledger if row.tick == self.ticks)
             row = Row(
@@ -128,6 +128,8 @@ class Clock:
                 branches=self._branches.of(component, args, kwargs, earlier),
                 component=component,
                 samples=self._branches.rows,
+                picture=picture_of(given),
+                texts=texts_of(given),
             )
             self.ledger.add(row)
             self.row = row

@@ -30,6 +30,8 @@ class Row(BaseModel):
         branches: the guidance branches this call computes, in the order of its batch rows.
         component: the denoiser's name in the pipeline.
         samples: how many samples the run makes, prompts times images; None if that is not known.
+        picture: the rows and columns of the latents, after the frames of a film; None if that is not known.
+        texts: the lengths of the texts that the denoiser is told, in tokens.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,6 +44,8 @@ class Row(BaseModel):
     branches: tuple[str, ...]
     component: str
     samples: int | None = None
+    picture: tuple[int, ...] | None = None
+    texts: tuple[int, ...] = ()
 
     @property
     def index(self) -> int:

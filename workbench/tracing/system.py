@@ -85,10 +85,14 @@ def kind_of(part: Any) -> Any:
     return type(getattr(inner, "_orig_mod", inner))
 
 
-def told_time(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
+def told(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a denoiser is called with, by the names of its forward's parameters."""
+    return {**dict(zip(parameters(kind_of(denoiser).forward)[1:], args, strict=False)), **kwargs}
+
+
+def told_time(denoiser: nn.Module, given: Mapping[str, Any]) -> float:
     """Return the time a denoiser is called with, in its own unit; of the first row where each has one."""
     names = parameters(kind_of(denoiser).forward)[1:]
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
     return next((as_number(given[name]) for name in names if name in _TIME_ARGUMENTS & set(given)), 0.0)
 
 
