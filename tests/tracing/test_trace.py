@@ -14,7 +14,9 @@ from tests import tiny
 from tests.watching import as_bytes, footprint, forwards_of
 from workbench.errors import BusyError, InputError, OutOfOrderError, ShapeError, TraceError, UnknownNameError
 from workbench.models.model import DiffusionModel
+from workbench.tracing.by_hand import is_mark
 from workbench.tracing.record import Record
+from workbench.tracing.storage.saved import load_record
 
 PROMPT = "a red circle"
 
@@ -726,3 +728,33 @@ def test_a_finished_run_keeps_the_model_alive_no_longer_than_its_record():
     gc.collect()
     assert gone() is None
     assert len(latents) == 4
+
+
+def test_what_is_put_in_place_by_hand_is_marked_and_a_fork_that_would_lose_it_is_refused(model, tmp_path):
+    with model.generate("a red dot", num_inference_steps=4, seed=0) as run:
+        for step in run.steps[1:3]:
+            model.unet.mid_block.output = 0 * model.unet.mid_block.output
+            if step.index == 2:
+                run.latents = 2 * run.latents
+    mark = {"kind": "by hand", "sites": ["unet.mid_block", "scheduler.step:output[0]"], "steps": [1, 2]}
+    assert run.spec.interventions == (mark,)
+    later = run.record.fork(3)
+    assert as_bytes(later.latents) == as_bytes(run.latents)
+    assert later.spec.interventions == (mark,)
+    loaded = load_record(run.record.save(tmp_path / "record"), model=model)
+    for record in (run.record, later, loaded):
+        with pytest.raises(InputError, match=r"mid_block.*step 1, step 2.*Fork at step 3 or later"):
+            record.fork(0)
+        assert not any(map(is_mark, record.fork(0, interventions=[]).spec.interventions))
+
+
+def test_what_is_changed_by_hand_before_the_steps_or_skipped_is_marked_too(model):
+    with model.generate("a red dot", num_inference_steps=2, seed=0) as run:
+        model.text_encoder.text_model.embeddings.output = 0 * model.text_encoder.text_model.embeddings.output
+    assert run.spec.interventions[0]["steps"] == [None]
+    with pytest.raises(InputError, match=r"outside the steps.*interventions="):
+        run.record.fork(1)
+    with model.generate("a red dot", num_inference_steps=2, seed=0) as run:
+        for _ in run.steps[1:2]:
+            model.unet.mid_block.skip(torch.zeros(2, 16, 4, 4))
+    assert run.spec.interventions[0]["steps"] == [1]

@@ -22,6 +22,7 @@ from workbench.models import asked
 from workbench.models.asked import Captured
 from workbench.models.loop import Block, Loop, unreached
 from workbench.models.shapes import Shapes
+from workbench.tracing.by_hand import check_repeatable, is_mark
 from workbench.tracing.gradient import Differentiation, Gradient, Values
 from workbench.tracing.graph import Graph
 from workbench.tracing.record import Record, RunSpec
@@ -268,7 +269,9 @@ class Running(ABC):
         sites = [Site.parse(each) for each in capture if isinstance(each, (str, Site))]
         probes = [each for each in capture if not isinstance(each, (str, Site))]
         edits = asked.changes(interventions)
-        spec = spec.model_copy(update={"capture": asked.captured(capture), "interventions": tuple(edits)})
+        spec = spec.model_copy(
+            update={"capture": asked.captured(capture), "interventions": (*spec.interventions, *edits)}
+        )
         session = Session(
             self._system(),
             call,
@@ -305,8 +308,19 @@ class Running(ABC):
                 "This run was a block of your own code, which cannot be run again. Put the loop into a "
                 "function: model = wb.trace_loop(function, components={…}); model.record(…).fork(…)."
             )
+        now = self._samplers()
+        for name, was in record.samplers.items():
+            if now.get(name) != was:
+                raise InputError(
+                    f"The model's {name} is another than that of this run, which was {was}. A fork repeats "
+                    f"the run's steps: put that back (model.pipeline.{name} = …) or record anew."
+                )
         capture = asked.listed(changes.pop("capture", old.capture))
-        interventions = changes.pop("interventions", old.interventions)
+        marks = tuple(each for each in old.interventions if is_mark(each))
+        if "interventions" not in changes:
+            check_repeatable(marks, step)
+        told = changes.pop("interventions", old.interventions)
+        interventions = [each for each in told if not is_mark(each)]
         listener = changes.pop("listener", None)
         if "seed" in changes:
             raise InputError("A fork keeps the noise of its run; to change the seed, record anew.")
@@ -315,7 +329,8 @@ class Running(ABC):
                 raise InputError(f"A fork keeps the steps of its run; to change {name}, record anew.")
         arguments = {**set_apart(old.arguments), **changes}
         spec, call, rows = self._plan(arguments.pop("prompt", None), old.seed, arguments)
-        spec = spec.model_copy(update={"forked_at": step})
+        kept = tuple(each for each in marks if any(at is not None and at < step for at in each["steps"]))
+        spec = spec.model_copy(update={"forked_at": step, "interventions": kept})
         return self._run(spec, call, rows, capture, interventions, listener, Replay(record, step))
 
     def _plan(
@@ -373,6 +388,16 @@ class Running(ABC):
 
     def _finish(self, record: Record) -> None:
         record.model = self
+        record.samplers = self._samplers()
+
+    def _samplers(self) -> dict[str, str]:
+        """Return the schedulers with their configuration, as text."""
+        found = {}
+        for name, each in self._system().schedulers.items():
+            config = dict(getattr(each, "config", {}))
+            own = {key: config[key] for key in sorted(config) if not key.startswith("_")}
+            found[name] = f"{type(each).__name__} {own}"
+        return found
 
     def _begin(self, session: Session, trace: Trace) -> None:
         self._occupy(session)

@@ -30,7 +30,9 @@ class RunSpec(BaseModel):
         arguments: the pipeline's own keyword arguments.
         seed: one seed, or one a sample; None leaves the noise to the pipeline.
         capture: the sites that were captured, as text or, with a choice of steps, rows or dtype, a `Capture`.
-        interventions: each as data; one made by hand in a ``with`` block is ``{"kind": "by hand"}``.
+        interventions: each as data; of what was put in place by hand in a ``with`` block there is one mark,
+            ``{"kind": "by hand", "sites": […], "steps": […]}``, None being outside the steps. A value edited
+            in place (``hidden[:] = 0``) leaves none: nobody sees that.
         forked_at: the step at which the run left another, or None.
         block: whether the run was a block of the user's own code, which cannot be run again.
     """
@@ -87,6 +89,7 @@ class Record:
         rng_state: the state of torch's global generator before the run.
         attention: attention maps, where they were asked for.
         model: what made the record, and can fork it.
+        samplers: by name, the schedulers of the run as text; a fork has the same.
     """
 
     spec: RunSpec
@@ -99,6 +102,7 @@ class Record:
     rng_state: torch.Tensor | None = None
     attention: Any = None
     model: Forks | None = field(default=None, repr=False)
+    samplers: dict[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def images(self) -> Any:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from workbench.errors import InputError, OutOfOrderError, TraceError
+from workbench.tracing.by_hand import note
 from workbench.tracing.coroutine import Coroutine
 from workbench.tracing.guards import check
 from workbench.tracing.ledger import Row
@@ -237,6 +238,7 @@ class Trace:
         old = self._pause.value
         leaf = _leaf_of(site, old)
         check_fit(pick(old, leaf, site=str(site)) if leaf else old, new, site=str(site))
+        note(self.record, site, self._pause.row)
         self._pause.value = put(old, leaf, new, site=str(site))
         self._seen[place] = self._pause.value
 
@@ -260,6 +262,7 @@ class Trace:
         self._reach(place)
         if self._pause is None or self._pause.place != place:
             raise OutOfOrderError(f"{path} is running already; the run is at {self._spot()}. Skip it before.")
+        note(self.record, Site(path), self._pause.row)
         self._stand_ins[path].append(plain(value))
 
     def gradient(self, number: torch.Tensor, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
