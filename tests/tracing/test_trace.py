@@ -16,6 +16,7 @@ from workbench.errors import BusyError, InputError, OutOfOrderError, ShapeError,
 from workbench.models.model import DiffusionModel
 from workbench.tracing.by_hand import is_mark
 from workbench.tracing.record import Record
+from workbench.tracing.sites import Site
 from workbench.tracing.storage.saved import load_record
 
 PROMPT = "a red circle"
@@ -750,7 +751,8 @@ def test_what_is_put_in_place_by_hand_is_marked_and_a_fork_that_would_lose_it_is
 
 def test_what_is_changed_by_hand_before_the_steps_or_skipped_is_marked_too(model):
     with model.generate("a red dot", num_inference_steps=2, seed=0) as run:
-        model.text_encoder.text_model.embeddings.output = 0 * model.text_encoder.text_model.embeddings.output
+        site = Site("text_encoder.embeddings")
+        run.replace(site, 0 * run.value(site))
     assert run.spec.interventions[0]["steps"] == [None]
     with pytest.raises(InputError, match=r"outside the steps.*interventions="):
         run.record.fork(1)

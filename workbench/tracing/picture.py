@@ -34,10 +34,10 @@ def picture_of(told: Mapping[str, Any]) -> tuple[int, ...] | None:
         while isinstance(shapes[0], (list, tuple)):
             shapes = shapes[0]
         return tuple(int(each) for each in shapes[-2:])
-    film, *picture = (told.get(name) for name in ("num_frames", "height", "width"))
-    if all(isinstance(each, int) for each in picture):
-        return (film, *picture) if isinstance(film, int) else tuple(picture)
-    return None
+    film, height, width = (told.get(name) for name in ("num_frames", "height", "width"))
+    if not isinstance(height, int) or not isinstance(width, int):
+        return None
+    return (film, height, width) if isinstance(film, int) else (height, width)
 
 
 def texts_of(told: Mapping[str, Any]) -> tuple[int, ...]:

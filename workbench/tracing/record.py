@@ -273,7 +273,8 @@ class Record:
             warnings.warn(
                 f"Not data, so not saved: {', '.join(writer.unsaved[:4])}. All else is.", stacklevel=3
             )
-        about = {"format": FORMAT, "version": VERSION, "data": data, "files": writer.files}
+        about: dict[str, Any] = {"format": FORMAT, "version": VERSION, "data": data, "files": writer.files}
+        about["samplers"] = self.samplers
         write_json(folder / INDEX, {**about, "spec": spec, "ledger": ledger, "values": values})
 
     def _kept(self, site: str | Site) -> tuple[list[Passage], Leaf]:

@@ -73,6 +73,8 @@ class SavedRecord(Record):
         self._index = index
         self._reader = Reader(folder / index["data"], index["files"], load_record)
         self.ledger = Ledger(self._reader.read_as(Row, row) for row in index["ledger"])
+        told = index.get("samplers")
+        self.samplers = {name: str(each) for name, each in told.items()} if isinstance(told, dict) else {}
 
     @cached_property
     def spec(self) -> RunSpec:  # type: ignore[override]
