@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler
 
 from tests import tiny
 from tests.watching import as_bytes
@@ -13,6 +15,7 @@ from workbench.experiments.experiment import Experiment, defaults
 from workbench.experiments.site_changes import PatchSpec
 from workbench.experiments.spec import FORMAT
 from workbench.interventions.patch import Patch
+from workbench.models.loop import trace_loop
 from workbench.models.model import DiffusionModel
 
 PATCHED = Experiment(
@@ -192,3 +195,76 @@ def test_step_the_run_does_not_have_is_refused():
 def test_defaults_are_the_pipelines_own():
     assert defaults(DiffusionModel(tiny.sd1())) == {"num_inference_steps": 50, "guidance_scale": 7.5}
     assert defaults(DiffusionModel(tiny.ddpm())) == {"num_inference_steps": 1000}
+
+
+def test_a_pinned_experiment_brings_the_scheduler_that_the_model_had(tmp_path):
+    """From its file, on the model as it was saved, it makes the same bytes; then the model is as before."""
+    experiment = Experiment(
+        model="shapes-unet",
+        source="a red circle",
+        target="a blue circle",
+        num_inference_steps=2,
+        interventions=(PatchSpec(site="unet.mid_block", branch="cond"),),
+    )
+    model = DiffusionModel("shapes-unet")
+    assert experiment.sampled(model).scheduler is None
+    own = model.pipeline.scheduler
+    model.pipeline.scheduler = DPMSolverMultistepScheduler.from_config(own.config, use_karras_sigmas=True)
+    wanted = experiment.run(model).patched
+    pinned = experiment.pinned(model)
+    assert pinned.scheduler.config["lambda_min_clipped"] == {"number": "-inf"}
+    model.pipeline.scheduler = own
+    loaded = Experiment.load(pinned.save(tmp_path / "experiment.json"))
+    found = loaded.run(model).patched
+    assert as_bytes(found.latents) == as_bytes(wanted.latents) == as_bytes(loaded.run().patched.latents)
+    assert as_bytes(experiment.run(model).patched.latents) != as_bytes(wanted.latents)
+    assert model.pipeline.scheduler is own
+    with pytest.raises(InputError, match=r"DPMSolverMultistepScheduler.*put that back"):
+        found.fork(1)
+    assert as_bytes(loaded.patch(*_both(loaded, model)).latents) == as_bytes(wanted.latents)
+
+
+def _both(experiment, model):
+    target = experiment.run_target(model)
+    return experiment.run_source(model, target, capture=experiment.captures()), target
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "says"),
+    [
+        ({"name": "NoScheduler"}, "no scheduler of diffusers"),
+        ({"name": "DiffusionPipeline"}, "no scheduler of diffusers"),
+        ({"name": "DDIMScheduler", "config": {"beta_schedule": "nil"}}, "does not take the .* configuration"),
+    ],
+)
+def test_a_scheduler_that_is_none_is_refused_before_the_run(scheduler, says):
+    experiment = Experiment(source="a", target="b", num_inference_steps=1, scheduler=scheduler)
+    model = DiffusionModel(tiny.sd1())
+    for act in (experiment.run, experiment.check):
+        with pytest.raises(InputError, match=says):
+            act(model)
+
+
+def test_a_model_without_a_scheduler_of_its_own_takes_none():
+    experiment = Experiment(num_inference_steps=1, scheduler={"name": "DDIMScheduler"})
+    parts = {name: tiny.sd1().components[name] for name in ("unet", "scheduler")}
+    loop = trace_loop(lambda **_: None, components=parts)
+    with pytest.raises(InputError, match="none to exchange"):
+        experiment.run(loop)
+
+
+def test_the_model_of_the_source_is_as_the_models_own_and_of_the_weights_that_are_said(tmp_path):
+    model = DiffusionModel(tiny.sd1().to(torch.float64))
+    model.save_pretrained(tmp_path / "other")
+    experiment = Experiment(
+        source="a", target="b", num_inference_steps=1, source_model=str(tmp_path / "other")
+    )
+    assert experiment.open_source(model).unet.dtype == torch.float64
+    pinned = experiment.pinned(model)
+    assert pinned.source_weights == pinned.weights
+    assert pinned.run(model).source.model.unet.dtype == torch.float64
+    changed = pinned.model_copy(update={"source_weights": "sha256:" + "0" * 64})
+    with pytest.raises(InputError, match=r"0000.*source_weights"):
+        changed.run(model)
+    with pytest.raises(ValueError, match="there is none"):
+        Experiment(source_weights=pinned.weights)

@@ -75,6 +75,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], tuple[Any, ...], int]] = {
             AblateSpec(site="unet.down_blocks.0.resnets.0", how="noise", seed=4, branch="cond"),
             AblateSpec(site=HIDDEN, how="mean", references=("a cross", "a square"), steps=(1, 2)),
             AblateSpec(site="unet.up_blocks.0.resnets.0", how="resample", references=("a cross", "a dot")),
+            ScaleSpec(site=f"{HIDDEN}.attn1:heads", factor=-2.0, mask=((1.0, 0.0, 0.0, 0.0),)),
         ),
         0,
     ),
@@ -333,3 +334,9 @@ def test_a_script_opens_the_model_as_it_is_open_here(tmp_path, scripts):
     run_python(beside, tmp_path / "with.py", tmp_path / "with.png")
     for name in ("alone", "with"):
         assert Image.open(tmp_path / f"{name}.png").tobytes() == outcome.patched.images[0].tobytes()
+        loaded = Experiment.load(tmp_path / f"{name}.py")
+        assert loaded.run().patched.images[0].tobytes() == outcome.patched.images[0].tobytes()
+    assert workbench_code(loaded).count("from_config") == 1
+    data = workbench_code(loaded.model_copy(update={"weights": "sha256:" + "0" * 64}), model)
+    assert "'name': 'DDIMScheduler'" in data
+    assert "from_config" not in data

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakKeyDictionary
 
+import torch
 from PIL import Image
 
 from workbench import zoo
@@ -18,6 +20,7 @@ from workbench.experiments.branching import Branch, Fork, rerun
 from workbench.experiments.change import Change, Runs, SiteChange
 from workbench.experiments.changes import TurnSpec
 from workbench.experiments.inversion import invert
+from workbench.experiments.sampler import other_scheduler, put_scheduler, sampling
 from workbench.experiments.site_changes import ModuleSpec
 from workbench.experiments.spec import ExperimentSpec
 from workbench.experiments.texts import readings
@@ -107,8 +110,27 @@ class Experiment(ExperimentSpec):
         return Sweep(self, axes, **asked)
 
     def pinned(self, model: DiffusionModel) -> Self:
-        """Return the experiment for these very weights: with others it will not run."""
-        return self.model_copy(update={"weights": weights_hash(model)})
+        """Return the experiment for these very weights, and for the scheduler that the model has.
+
+        With other weights it will not run; the scheduler it brings with it, if that is another than the one
+        saved with the model.
+
+        Raises:
+            InputError: the scheduler is none that a file can say.
+        """
+        found = self.sampled(model)
+        own = None if found.source_model is None else weights_hash(found.open_source(model))
+        return found.model_copy(update={"weights": weights_hash(model), "source_weights": own})
+
+    def sampled(self, model: DiffusionModel) -> Self:
+        """Return the experiment with the scheduler that the model has, if it says none and that is not saved.
+
+        Raises:
+            InputError: the scheduler is none that a file can say.
+        """
+        if self.scheduler is not None:
+            return self
+        return self.model_copy(update={"scheduler": other_scheduler(model)})
 
     def run(
         self,
@@ -121,7 +143,8 @@ class Experiment(ExperimentSpec):
         """Run source, target and, if anything is changed, the changed target and its branches.
 
         Args:
-            model: an open model; None opens the one the experiment names.
+            model: an open model, which has the experiment's scheduler meanwhile; None opens the one the
+                experiment names.
             capture: further sites and probes to keep, in source and target.
             listener: told how the runs go on.
             allow_code: whether to import what it names as modules of one's own, which may run anything.
@@ -130,18 +153,42 @@ class Experiment(ExperimentSpec):
             InputError: it does not fit the model, or imports something without being allowed to.
         """
         model = self.open() if model is None else model
-        self.check(model, allow_code=allow_code)
-        kept = (*self.captures(), *capture)
-        target = self.run_target(model, capture=capture if self.source_model else kept, listener=listener)
-        source = self.run_source(model, target, capture=kept, listener=listener)
-        changed = self.patch(source, target, listener=listener, allow_code=allow_code)
-        branches = self.branches(source, target, changed, listener=listener, allow_code=allow_code)
+        with sampling(model, self.scheduler):
+            self.check(model, allow_code=allow_code)
+            kept = (*self.captures(), *capture)
+            target = self.run_target(model, capture=capture if self.source_model else kept, listener=listener)
+            source = self.run_source(model, target, capture=kept, listener=listener)
+            changed = self.patch(source, target, listener=listener, allow_code=allow_code)
+            branches = self.branches(source, target, changed, listener=listener, allow_code=allow_code)
         return Outcome(self, source, target, changed, branches)
 
     def open(self) -> DiffusionModel:
-        """Open the model that the experiment names."""
+        """Open the model that the experiment names, with its scheduler.
+
+        Raises:
+            InputError: diffusers has no such scheduler, or the model has no place for it.
+        """
         pinned: dict[str, Any] = {} if self.revision is None else {"revision": self.revision}
-        return DiffusionModel(self.model, **pinned)
+        model = DiffusionModel(self.model, **pinned)
+        put_scheduler(model, self.scheduler)
+        return model
+
+    def open_source(self, model: DiffusionModel) -> DiffusionModel:
+        """Return the source's model: another one, in the dtype and on the device of the target's, or that.
+
+        Raises:
+            InputError: it has other weights than the experiment says.
+        """
+        if self.source_model is None:
+            return model
+        parts = [weight for part in model.denoisers.values() for weight in part.parameters()]
+        weight = next((each for each in parts if each.is_floating_point()), torch.empty(0))
+        told: dict[str, Any] = {} if weight.dtype == torch.float32 else {"torch_dtype": weight.dtype}
+        other = DiffusionModel(self.source_model, **told)
+        if weight.device.type not in ("cpu", "meta"):
+            other.to(weight.device)
+        _check_hash(other, self.source_weights, "source_weights")
+        return other
 
     def check_weights(self, model: DiffusionModel) -> None:
         """Refuse a model with other weights than the experiment is of, if it says which.
@@ -149,12 +196,7 @@ class Experiment(ExperimentSpec):
         Raises:
             InputError: with both hashes.
         """
-        if self.weights is not None and (found := weights_hash(model)) != self.weights:
-            raise InputError(
-                f"The experiment is of weights {self.weights[:19]}…, and {model.reference or 'this model'} "
-                f"has {found[:19]}…. Open those it is of, or take the model as it is: "
-                "experiment.model_copy(update={'weights': None})."
-            )
+        _check_hash(model, self.weights, "weights")
 
     def check(self, model: DiffusionModel, *, allow_code: bool = False) -> None:
         """Refuse, before anything is run, what does not fit a model.
@@ -165,6 +207,8 @@ class Experiment(ExperimentSpec):
             UnknownNameError: it has no such site.
         """
         self.check_weights(model)
+        with sampling(model, self.scheduler):
+            pass
         for each in self.every_change():
             if isinstance(each, ModuleSpec):
                 each.check_trusted(allow_code)
@@ -177,8 +221,9 @@ class Experiment(ExperimentSpec):
         self, model: DiffusionModel, *, capture: tuple[Captured, ...] = (), listener: Listener | None = None
     ) -> Record:
         """Run the target alone."""
-        settings = {**self.told(model, listener), "seed": self.seed, "listener": listener}
-        return model.record(self.target, capture=capture, **settings)
+        with sampling(model, self.scheduler):
+            settings = {**self.told(model, listener), "seed": self.seed, "listener": listener}
+            return model.record(self.target, capture=capture, **settings)
 
     def run_source(
         self,
@@ -199,11 +244,12 @@ class Experiment(ExperimentSpec):
                     f"source_from={self.source_from}: the runs have {target.ledger.steps} steps, counted "
                     "from 0, so the source would never leave the target's run."
                 )
-            return target.fork(self.source_from, prompt=self.source, capture=capture, listener=listener)
-        seed = self.seed if self.source_seed is None else self.source_seed
-        settings = {**self.told(model, listener), "seed": seed, "listener": listener}
-        other = model if self.source_model is None else DiffusionModel(self.source_model)
-        return other.record(self.source, capture=capture, **settings)
+            with sampling(model, self.scheduler):
+                return target.fork(self.source_from, prompt=self.source, capture=capture, listener=listener)
+        seed, other = self.seed if self.source_seed is None else self.source_seed, self.open_source(model)
+        with sampling(model, self.scheduler):
+            settings = {**self.told(model, listener), "seed": seed, "listener": listener}
+            return other.record(self.source, capture=capture, **settings)
 
     def patch(
         self,
@@ -217,7 +263,8 @@ class Experiment(ExperimentSpec):
         if not self.interventions:
             return None
         acting, runs = self.acting(target.ledger.steps), self.runs(source, target, allow_code=allow_code)
-        return rerun(target, acting, runs, listener=listener)
+        with self.sampling_as(target):
+            return rerun(target, acting, runs, listener=listener)
 
     def bound(
         self, source: Record, target: Record, *, allow_code: bool = False, runs: Runs | None = None
@@ -271,7 +318,12 @@ class Experiment(ExperimentSpec):
                 found.append(Branch(fork, record, grown(fork.forks, record)))
             return tuple(found)
 
-        return grown(self.forks, target if changed is None else changed)
+        with self.sampling_as(target):
+            return grown(self.forks, target if changed is None else changed)
+
+    def sampling_as(self, run: Record) -> AbstractContextManager[None]:
+        """Let the model of a run have the experiment's scheduler for a while."""
+        return sampling(run.model, self.scheduler) if isinstance(run.model, DiffusionModel) else nullcontext()
 
     def runs(self, source: Record, target: Record, *, allow_code: bool = False) -> Runs:
         """Return the runs that the experiment's interventions are bound to."""
@@ -307,11 +359,21 @@ class _Runs:
             settings = {**self.experiment.told(model), "seed": self.experiment.seed}
             if len(self._plain) >= _REFERENCES:
                 del self._plain[next(iter(self._plain))]
-            self._plain[key] = model.record(prompt, capture=list(sites), **settings)
+            with sampling(model, self.experiment.scheduler):
+                self._plain[key] = model.record(prompt, capture=list(sites), **settings)
         return self._plain[key]
 
     def places(self, words: Sequence[str], *, source: bool = False) -> Callable[[int], tuple[int, ...]]:
         return self.experiment.places(self.source if source else self.target, words)
+
+
+def _check_hash(model: DiffusionModel, wanted: str | None, field: str) -> None:
+    if wanted is not None and (found := weights_hash(model)) != wanted:
+        raise InputError(
+            f"The experiment is of weights {wanted[:19]}…, and {model.reference or 'this model'} has "
+            f"{found[:19]}…. Open those it is of, or take the model as it is: "
+            f"experiment.model_copy(update={{{field!r}: None}})."
+        )
 
 
 def defaults(model: DiffusionModel) -> dict[str, Any]:

@@ -45,6 +45,7 @@ def exported(
     """
     if model is not None:
         experiment.check_weights(model)
+        experiment = experiment.sampled(model)
     if format == "experiment":
         return experiment.model_dump_json(indent=2) + "\n"
     if format == "standalone":

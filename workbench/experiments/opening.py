@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from workbench import zoo
 from workbench.errors import InputError
+from workbench.experiments.sampler import SchedulerSpec, other_scheduler
 from workbench.models.model import DiffusionModel
 
 
@@ -22,12 +20,12 @@ class Opening:
     Attributes:
         dtype: of its weights, as code; empty for float32.
         device: where it is; empty for the processor.
-        scheduler: the class and configuration of another scheduler than the saved one.
+        scheduler: another scheduler than the saved one.
     """
 
     dtype: str = ""
     device: str = ""
-    scheduler: tuple[str, dict[str, Any]] | None = None
+    scheduler: SchedulerSpec | None = None
 
     @classmethod
     def of(cls, model: DiffusionModel) -> Opening:
@@ -56,33 +54,5 @@ class Opening:
         return cls(
             "" if dtype == torch.float32 else str(dtype),
             "" if device == "cpu" else device,
-            _other_scheduler(model),
+            other_scheduler(model),
         )
-
-
-def _other_scheduler(model: DiffusionModel) -> tuple[str, dict[str, Any]] | None:
-    """Return the scheduler's class and configuration, if they are not what was saved."""
-    scheduler = getattr(model.pipeline, "scheduler", None)
-    if scheduler is None:
-        return None
-    kind, config = type(scheduler), _own(scheduler.config)
-    home = str(zoo.path(model.reference)) if model.reference in zoo.models() else model.reference
-    try:
-        saved = DiffusionPipeline.load_config(home)["scheduler"][1]
-        same = (
-            kind.__name__ == saved
-            and _own(kind.from_pretrained(home, subfolder="scheduler").config) == config
-        )
-    except (OSError, KeyError, TypeError):
-        same = False
-    if same:
-        return None
-    if getattr(diffusers, kind.__name__, None) is not kind:
-        raise InputError(
-            f"The scheduler, {kind.__name__}, is not one of diffusers', so a script cannot make it."
-        )
-    return kind.__name__, config
-
-
-def _own(config: Any) -> dict[str, Any]:
-    return {name: value for name, value in dict(config).items() if not name.startswith("_")}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from pydantic import BaseModel
@@ -51,7 +52,7 @@ def workbench_code(
     lines = [
         "import workbench as wb",
         "",
-        *_opening(experiment, model),
+        *_opening(experiment, model, _opening_of(experiment, model, as_data=False)),
         "settings = {",
         *(f"    {name!r}: {value!r}," for name, value in settings.items()),
         "}",
@@ -112,8 +113,8 @@ def _as_data(experiment: Experiment, model: DiffusionModel | None, *, allow_code
 
 def opening_lines(experiment: Experiment, model: DiffusionModel | None) -> list[str]:
     """Return what opens a model, where its name alone would not give it as it is open here."""
-    as_saved = experiment.model and (model is None or Opening.of(model) == Opening())
-    return [] if as_saved else _opening(experiment, model)
+    opening = _opening_of(experiment, model, as_data=True)
+    return [] if experiment.model and opening == Opening() else _opening(experiment, model, opening)
 
 
 def said(part: BaseModel) -> dict[str, Any]:
@@ -122,7 +123,8 @@ def said(part: BaseModel) -> dict[str, Any]:
     for name, value in part:
         if value != type(part).model_fields[name].get_default(call_default_factory=True):
             several = isinstance(value, tuple) and value and isinstance(value[0], BaseModel)
-            told[name] = [said(each) for each in value] if several else value
+            one = said(value) if isinstance(value, BaseModel) else value
+            told[name] = [said(each) for each in value] if several else one
     return told
 
 
@@ -159,28 +161,34 @@ _WIDTH = 80
 """Characters of a line of exported code, but for what cannot be parted."""
 
 
-def _opening(experiment: Experiment, model: DiffusionModel | None) -> list[str]:
+def _opening(experiment: Experiment, model: DiffusionModel | None, opening: Opening) -> list[str]:
     loop = None if model is None else model.pipeline
     if not isinstance(loop, Loop):
-        return _opened(repr(experiment.model) if experiment.model else "pipeline", model)
+        return _opened(repr(experiment.model) if experiment.model else "pipeline", opening)
     asked = {"samples": loop.samples, "branches": loop.branches}
     further = [f"{name}={value!r}" for name, value in asked.items() if value is not None]
     return _call("model = wb.trace_loop", [loop.__name__, "components=components", *further])
 
 
-def _opened(reference: str, model: DiffusionModel | None) -> list[str]:
-    """Return the lines that open a model as it is open here."""
+def _opening_of(experiment: Experiment, model: DiffusionModel | None, *, as_data: bool) -> Opening:
+    """Return how a script opens a model; an `Experiment` in it brings its scheduler itself."""
     opening = Opening() if model is None else Opening.of(model)
+    own = experiment.scheduler
+    return opening if own is None else replace(opening, scheduler=None if as_data else own)
+
+
+def _opened(reference: str, opening: Opening) -> list[str]:
+    """Return the lines that open a model as it is open here."""
     dtype = f", torch_dtype={opening.dtype}" if opening.dtype else ""
     lines = ["import torch", ""] if opening.dtype else []
     if opening.scheduler is not None:
-        lines += [f"from diffusers import {opening.scheduler[0]}", ""]
+        lines += [f"from diffusers import {opening.scheduler.name}", ""]
     lines.append(f"model = wb.DiffusionModel({reference}{dtype})")
     if opening.device:
         lines.append(f"model.to({opening.device!r})")
     if opening.scheduler is not None:
-        name, config = opening.scheduler
-        lines.append(f"model.pipeline.scheduler = {name}.from_config({literal(config)})")
+        made = f"{opening.scheduler.name}.from_config({literal(opening.scheduler.told)})"
+        lines.append(f"model.pipeline.scheduler = {made}")
     return lines
 
 

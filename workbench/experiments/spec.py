@@ -21,6 +21,7 @@ from workbench.errors import InputError
 from workbench.experiments.branching import Fork, acting_in, check_forks, every_fork, first_of
 from workbench.experiments.change import MOST, Arguments
 from workbench.experiments.changes import AnySpec, check_order
+from workbench.experiments.sampler import SchedulerSpec
 
 FORMAT = 2
 """The version of what an experiment is saved as."""
@@ -44,12 +45,15 @@ class ExperimentSpec(BaseModel):
         revision: of a Hub id.
         weights: the hash of the weights, see `Experiment.pinned`; None takes any.
         source_model: the model of the source, if it is another one of the same shape: a fine-tuned one, say.
+            It is opened in the model's dtype and on its device, and keeps its own scheduler.
+        source_weights: the hash of its weights; None takes any.
         source: the prompt whose run the activations come from; None where the model takes no prompt.
         target: the prompt whose run they go into; None likewise.
         seed: noise seed of both.
         source_seed: noise seed of the source, if it has its own; runs without words differ by it alone.
         num_inference_steps: steps of both; None is the pipeline's own default.
         guidance_scale: guidance of both; None is the pipeline's own default.
+        scheduler: of both, by its class in diffusers and its configuration; None is the model's own.
         arguments: further pipeline arguments of both.
         picture: a file of a picture: both runs begin at the noise that it comes from, found with the source's
             prompt (see `workbench.invert`), so that the source's run is about that picture.
@@ -67,12 +71,14 @@ class ExperimentSpec(BaseModel):
     revision: str | None = None
     weights: str | None = Field(default=None, pattern=r"^sha256:[0-9a-f]{64}$")
     source_model: str | None = None
+    source_weights: str | None = Field(default=None, pattern=r"^sha256:[0-9a-f]{64}$")
     source: str | None = None
     target: str | None = None
     seed: int = 0
     source_seed: int | None = None
     num_inference_steps: int | None = Field(default=None, ge=1, le=100_000)
     guidance_scale: float | None = Field(default=None, allow_inf_nan=False)
+    scheduler: SchedulerSpec | None = None
     arguments: Arguments = Field(default_factory=dict)
     picture: str | None = None
     source_from: int = Field(default=0, ge=0)
@@ -112,6 +118,8 @@ class ExperimentSpec(BaseModel):
     def _one_run(self) -> Self:
         if self.source_from and self.source_model is not None:
             raise ValueError("a source that leaves the target's run is of the same model; leave one out")
+        if self.source_weights is not None and self.source_model is None:
+            raise ValueError("source_weights are those of a source_model, and there is none")
         return self
 
     @model_validator(mode="after")

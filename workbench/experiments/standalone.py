@@ -52,16 +52,17 @@ def standalone_code(
         raise InputError(f"A standalone script finds no noise for a picture. {ELSE}")
     if target.ledger[0].samples not in (None, 1):
         raise InputError(f"A standalone script makes one image, not {target.ledger[0].samples}. {ELSE}")
-    if experiment.acting(target.ledger.steps) or experiment.forks:
-        parts = _Plan(experiment, source, target, allow_code).parts()
-    else:
-        parts = [
-            head_code(),
-            constants_code(experiment),
-            machine.ONE_IMAGE,
-            opening_code(target.model),
-            machine.PLAIN,
-        ]
+    with experiment.sampling_as(target):
+        if experiment.acting(target.ledger.steps) or experiment.forks:
+            parts = _Plan(experiment, source, target, allow_code).parts()
+        else:
+            parts = [
+                head_code(),
+                constants_code(experiment),
+                machine.ONE_IMAGE,
+                opening_code(target.model),
+                machine.PLAIN,
+            ]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
@@ -180,8 +181,10 @@ class _Plan:
                 lines.append("target = run(TARGET, keeps='source')  # the run that the source leaves")
                 lines.append(f"run(SOURCE, keeps='source', after={self._after('target', leaving)})")
             elif self.experiment.source_model is not None:
-                other = model_code(self.experiment.source_model)
-                lines.append(f"other = DiffusionPipeline.from_pretrained({other})")
+                opening, other = Opening.of(self.target.model), model_code(self.experiment.source_model)  # type: ignore[arg-type]
+                dtype = f", torch_dtype={opening.dtype}" if opening.dtype else ""
+                lines.append(f"other = DiffusionPipeline.from_pretrained({other}{dtype})")
+                lines += [f"other.to({opening.device!r})"] if opening.device else []
                 lines.append("run(SOURCE, keeps='source', pipeline=other)")
             else:
                 lines.append("run(SOURCE, keeps='source')")
@@ -232,8 +235,8 @@ def opening_code(model: Any) -> str:
     if opening.device:
         code += f"\npipeline.to({opening.device!r})"
     if opening.scheduler is not None:
-        name, config = opening.scheduler
-        made = f"pipeline.scheduler = {name}.from_config({literal(config)})"
+        name = opening.scheduler.name
+        made = f"pipeline.scheduler = {name}.from_config({literal(opening.scheduler.told)})"
         code = f"from diffusers import {name}\n{code}\n{made}"
     return f"{code}\n\n{machine.GENERATE}"
 

@@ -18,6 +18,7 @@ from workbench.experiments.changes import TurnSpec
 from workbench.experiments.experiment import Experiment
 from workbench.experiments.labelled import dataset, label, need_xarray
 from workbench.experiments.measured import RunMetric, run_metric
+from workbench.experiments.sampler import sampling
 from workbench.experiments.site_changes import CorruptSpec, PatchSpec
 from workbench.experiments.sweeping import Progress, Sweeper
 from workbench.experiments.sweepstore import Result, SweepStore
@@ -137,9 +138,9 @@ class Sweep:
         """Everything that the values depend on, as data: the hash of it is the sweep's own."""
         cells = hashlib.sha256()
         for each in self.cells:
-            cells.update(each.model_dump_json().encode() + b"\n")
+            cells.update(each.model_dump_json(exclude=_unsaid(each)).encode() + b"\n")
         return {
-            "experiment": self.experiment.model_dump(mode="json"),
+            "experiment": self.experiment.model_dump(mode="json", exclude=_unsaid(self.experiment)),
             "axes": {name: [_plain(value) for value in values] for name, values in self.axes.items()},
             "cells": cells.hexdigest(),
             "window": self.window,
@@ -205,10 +206,11 @@ class Sweep:
         """Do what `run` does and return the results as they are committed, for which no xarray is needed."""
         model = self._opened(model)
         sweeper = Sweeper(self, model, progress=progress, listener=listener, allow_code=allow_code)
-        if folder is None:
-            return sweeper.run(None)
-        with SweepStore(folder, self.key, self.definition).opened() as store:
-            return sweeper.run(store)
+        with sampling(model, self.experiment.scheduler):
+            if folder is None:
+                return sweeper.run(None)
+            with SweepStore(folder, self.key, self.definition).opened() as store:
+                return sweeper.run(store)
 
     def load(self, folder: str | Path) -> xarray.Dataset:
         """Return what a folder holds of this sweep; cells that are not there are NaN.
@@ -247,7 +249,8 @@ class Sweep:
         """
         index = self._index(labels)
         model = self._opened(model)
-        return Sweeper(self, model, allow_code=allow_code).alone(index)
+        with sampling(model, self.experiment.scheduler):
+            return Sweeper(self, model, allow_code=allow_code).alone(index)
 
     def changes_of(
         self, index: int, source: Record, target: Record, *, runs: Runs | None = None
@@ -298,6 +301,8 @@ class Sweep:
             raise InputError(f"The cell of {point} is {type(made).__name__}, not an Experiment.")
         if made.model_copy(update={"num_inference_steps": None}).model != self.experiment.model:
             raise InputError(f"The cell of {point} is of another model: {made.model!r}. A sweep has one.")
+        if made.scheduler != self.experiment.scheduler:
+            raise InputError(f"The cell of {point} has another scheduler. A sweep has one.")
         if made.forks or made.source_model or any(isinstance(each, TurnSpec) for each in made.interventions):
             raise InputError(
                 f"The cell of {point} has turns, branches or a source of another model, which no row of a "
@@ -398,3 +403,8 @@ def _words(asked: str | tuple[str, ...] | None) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool)) else label(value)
+
+
+def _unsaid(experiment: Experiment) -> set[str]:
+    """Return fields that are left out of the hash of a sweep where they say nothing: older ones had none."""
+    return {name for name in ("scheduler", "source_weights") if getattr(experiment, name) is None}

@@ -11,6 +11,7 @@ from workbench.experiments.change import LayerChange, SiteChange
 from workbench.experiments.experiment import Experiment
 from workbench.experiments.labelled import label
 from workbench.experiments.planned import Planner
+from workbench.experiments.sampler import sampling
 from workbench.experiments.scripts import Code, literal, opening_lines, said
 from workbench.experiments.site_changes import CorruptSpec
 from workbench.experiments.standalone import (
@@ -97,6 +98,12 @@ def standalone_sweep_code(
         )
     opened = sweep.experiment.open() if model is None else model
     sweep.experiment.check_weights(opened)
+    with sampling(opened, sweep.experiment.scheduler):
+        return _standalone(sweep, opened, allow_code)
+
+
+def _standalone(sweep: Sweep, opened: DiffusionModel, allow_code: bool) -> str:
+    """Return the script of a sweep on a model that has its scheduler."""
     changes: list[dict[str, Any]] = []
     cells: list[tuple[Any, ...]] = []
     pairs: dict[int, dict[str, Any]] = {}

@@ -348,6 +348,7 @@ class Workbench:
 
     def _run_experiment(self, job: Job, experiment: Experiment, allow_code: bool) -> Pair:
         experiment.check(self.model, allow_code=allow_code)
+        self._stage.sample_as(experiment)
         pair, self._allow_code = self._run_pair(job, experiment), allow_code
         self._settings.keep(experiment)
         found = None if experiment.forks else pair.map.find(experiment.interventions)

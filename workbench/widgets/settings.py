@@ -17,7 +17,7 @@ from workbench.widgets.controls import RunControls
 SETTINGS = ("source", "target", "seed", "steps", "guidance", "source_from", "source_seed")
 """The controls that say what is run."""
 
-_KEPT = {"picture", "revision", "source_model", "weights"}
+_KEPT = {"picture", "revision", "scheduler", "source_model", "source_weights", "weights"}
 """What an experiment that was opened says and no control shows: further runs keep it."""
 
 
@@ -118,6 +118,7 @@ class Settings:
     def keep(self, experiment: Experiment) -> None:
         """Keep for further runs what no control shows of an experiment."""
         self._shown = experiment.plain()
+        self.controls.scheduler = _sampler(self._model)
 
 
 def _about(model: DiffusionModel, source: str | None, target: str | None) -> dict[str, Any]:
@@ -131,13 +132,15 @@ def _about(model: DiffusionModel, source: str | None, target: str | None) -> dic
         )
     return {
         "model_name": model.reference or _name(model),
-        "scheduler": ", ".join(
-            type(each).__name__.removesuffix("Scheduler") for each in model.schedulers.values()
-        ),
+        "scheduler": _sampler(model),
         "source": ("a red circle" if source is None else source) if can_prompt else "",
         "target": ("a blue circle" if target is None else target) if can_prompt else "",
         "can_prompt": can_prompt,
     }
+
+
+def _sampler(model: DiffusionModel) -> str:
+    return ", ".join(type(each).__name__.removesuffix("Scheduler") for each in model.schedulers.values())
 
 
 def _name(model: DiffusionModel) -> str:

@@ -17,6 +17,7 @@ from workbench.errors import GuardError, InputError
 from workbench.experiments.experiment import Experiment
 from workbench.experiments.metrics import difference, towards
 from workbench.experiments.patchmap import PatchMap
+from workbench.experiments.sampler import put_scheduler
 from workbench.models.asked import Captured
 from workbench.models.decoding import Decoder, is_image_run
 from workbench.models.model import DiffusionModel
@@ -59,6 +60,16 @@ class Stage:
     def __init__(self, model: DiffusionModel) -> None:
         self.model = model
         self.decoder = Decoder(model)
+        self._own_scheduler: Any = None
+
+    def sample_as(self, experiment: Experiment) -> None:
+        """Let the model have an experiment's scheduler; where that says none, the one that it came with."""
+        if self._own_scheduler is not None:
+            self.model.pipeline.scheduler, self._own_scheduler = self._own_scheduler, None
+        if experiment.scheduler is not None:
+            own = self.model.pipeline.scheduler
+            put_scheduler(self.model, experiment.scheduler)
+            self._own_scheduler = None if self.model.pipeline.scheduler is own else own
 
     def run_pair(self, experiment: Experiment, window: str, listener: Any) -> Pair:
         """Run target and source of an experiment; afterwards the model knows its shapes.
