@@ -10,7 +10,7 @@
     ├── TraceError            the run did not pass where it was asked to
     │   ├── OutOfOrderError   the value had already gone by, or was never reached
     │   ├── ShapeError        a replacement whose shape or dtype does not fit; both are printed
-    │   └── NotFiniteError    a change that makes infinities of finite values; step and site are named
+    │   └── NotFiniteError    a change that makes infinities of finite values, there or later in the latents
     ├── GuardError            a setting of the model under which tracing would be wrong
     ├── BusyError             a second run on a model that is already running
     ├── RankError             a run of several ranks that ended because another rank's failed

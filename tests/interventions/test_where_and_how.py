@@ -5,7 +5,7 @@ import torch
 
 import workbench as wb
 from tests import tiny
-from workbench.errors import InputError, NotFiniteError, ShapeError, UnknownNameError
+from workbench.errors import InputError, NotFiniteError, OutOfOrderError, ShapeError, UnknownNameError
 from workbench.interventions.intervention import spread
 from workbench.models.model import DiffusionModel
 
@@ -13,6 +13,7 @@ MIDDLE = "unet.mid_block"
 WORDS = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
 HIDDEN = "unet.mid_block.attentions.0.transformer_blocks.0"
 HEADS = "unet.mid_block.attentions.0.transformer_blocks.0.attn2:heads"
+ENCODED = "text_encoder:output.last_hidden_state"
 BEFORE = f"{HIDDEN}:input"
 SITES = (MIDDLE, WORDS, HIDDEN, HEADS, BEFORE)
 
@@ -221,6 +222,14 @@ def test_the_first_component_is_that_of_the_differences():
     ("change", "error", "says"),
     [
         (lambda s: wb.Scale(MIDDLE, 1, factor=3e38), NotFiniteError, "Scale at unet.mid_block.*step 1"),
+        (
+            lambda s: wb.Scale(MIDDLE, 1, factor=1e30),
+            NotFiniteError,
+            "after step 1; .*Scale at unet.mid_block",
+        ),
+        (lambda s: wb.Reweight(words={"blue": 1e300}), NotFiniteError, "Reweight at .*attn2.*step 0"),
+        (lambda s: wb.Patch(MIDDLE, source=s, from_site=WORDS), ShapeError, "at unet.mid_block.*from_site"),
+        (lambda s: wb.Scale(ENCODED, factor=0.0), OutOfOrderError, "outside of the denoising steps"),
         (lambda s: wb.Attach(MIDDLE, module=lambda v: v / 0), NotFiniteError, "Attach at.*step 0"),
         (lambda s: wb.Ablate(MIDDLE, tokens=[0]), InputError, "no sequence"),
         (lambda s: wb.Ablate(WORDS, tokens=[24]), InputError, "24 places"),

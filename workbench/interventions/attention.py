@@ -22,7 +22,7 @@ from workbench.attention.softmax import masked
 from workbench.attention.tap import EDIT, Handed, Rest
 from workbench.attention.watch import Watch
 from workbench.attention.words import find
-from workbench.errors import GuardError, InputError, OutOfOrderError, ShapeError
+from workbench.errors import GuardError, InputError, NotFiniteError, OutOfOrderError, ShapeError
 from workbench.interventions.intervention import Intervention, check_heads, check_mask, spread
 from workbench.interventions.patch import nth_call
 from workbench.tracing.ledger import Row
@@ -335,8 +335,15 @@ class _Acting:
         if not parts:
             return None
         self.acted = True
+        self.session.acted.note(edit, scope.path, row)
         call = Call(scope, handed, row, parts, self.watch, rest)
-        return self._in_part(call, edit.attend(call))
+        made = self._in_part(call, edit.attend(call))
+        if not torch.isfinite(made).all() and torch.isfinite(call.unseen()).all():
+            raise NotFiniteError(
+                f"{type(edit).__name__} at {scope.path} makes values that are not finite, in step "
+                f"{row.step}, branch {edit.branch!r}. Look at its strength or weights."
+            )
+        return made
 
     def _in_part(self, call: Call, edited: torch.Tensor) -> torch.Tensor:
         """Return as much of an edit as is asked for, and where."""
@@ -354,17 +361,8 @@ class _Acting:
 
     def check(self) -> None:
         """Refuse a run in which there was nothing to edit."""
-        if not self.acted and not self._acted_before():
+        if not self.acted and not self.session.acted.before(self.edit):
             raise OutOfOrderError(
                 f"{self.edit!r} changed nothing: none of the layers it names has that attention in its steps "
                 f"and in branch {self.edit.branch!r}."
             )
-
-    def _acted_before(self) -> bool:
-        """Whether it had its moment in the steps that a fork repeats, of which no layer is called."""
-        replay, total = self.session.replay, self.session.clock.total_steps
-        repeated = [row for row in self.session.clock.ledger if replay is not None and replay.covers(row)]
-        return any(
-            covers(self.edit.steps, row, total) and row.has(self.edit.branch)  # type: ignore[arg-type]
-            for row in repeated
-        )

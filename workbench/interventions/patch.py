@@ -76,9 +76,16 @@ class Patch(Intervention):
         if self.from_tokens is not None and found.ndim == value.ndim and found.shape[-2] == 1:
             found = found.expand_as(value)
         if found.shape != value.shape:
+            elsewhere = Site.parse(self._origin) != site
+            there = f" at {self._origin}" if elsewhere else ""
+            instead = (
+                f"Take a from_site whose values have that shape; None is {site} itself."
+                if elsewhere
+                else "Run both at the same size and number of samples, and choose as many places in both."
+            )
             raise ShapeError(
-                f"At {site}, step {row.step}, the source has {describe(found)} and the target "
-                f"{describe(value)}. Run both at the same size and number of samples."
+                f"At {site}, step {row.step}, the source has {describe(found)}{there} and the target "
+                f"{describe(value)}. {instead}"
             )
         return found.to(value.device, value.dtype)
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from workbench.errors import UnknownNameError, nearest
+from workbench.tracing.ledger import ALL, GUIDED
 from workbench.tracing.rig import Rig
 from workbench.tracing.structure import leaves
 from workbench.tracing.system import System, kind_of
 
 _BOTH = "cond_uncond"
 _MOST = 16
+_NAMED = (ALL, "cond", "uncond", "image", "perturbed", "both", GUIDED)
+"""What branches are called where nobody says otherwise, and ways to ask for several."""
 
 _COND_FIRST = {
     *(
@@ -194,6 +199,25 @@ def _count(sample: Any) -> int:
     if isinstance(sample, (list, tuple)):
         return len(sample)
     return sample.shape[0] if isinstance(sample, torch.Tensor) and sample.ndim else 1
+
+
+def check_branch(branch: str, denoisers: Iterable[Any], given: Sequence[str] | None = None) -> None:
+    """Refuse, before a run, a branch that it cannot have.
+
+    Where denoisers take labels from the pipeline, any name may come.
+
+    Args:
+        branch: what is asked for.
+        denoisers: of the run.
+        given: names that the author of a loop said.
+
+    Raises:
+        UnknownNameError: with the names there are.
+    """
+    known = (*_NAMED, *(given or ()))
+    labelled = any(hasattr(each, "cache_context") for each in denoisers)
+    if not labelled and branch not in known and re.fullmatch(r"guide\d+", branch) is None:
+        raise UnknownNameError(f"There is no branch {branch!r}.{nearest(branch, known)}")
 
 
 def _null_class_last(labels: Any, rows: int) -> bool:

@@ -11,9 +11,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from workbench.errors import InputError, OutOfOrderError, RunStopped
+from workbench.tracing.acted import Acted
+from workbench.tracing.branches import check_branch
 from workbench.tracing.clock import Clock, Tick
 from workbench.tracing.guards import check, check_denoisers, check_graph
-from workbench.tracing.ledger import Row
+from workbench.tracing.ledger import ALL, Row
 from workbench.tracing.ports import hook_port
 from workbench.tracing.record import Passage, Record, RunSpec
 from workbench.tracing.replay import Replay
@@ -98,6 +100,7 @@ class Session:
         self.system = system
         self.arguments = arguments
         # What a probe puts into the run itself comes after all that was asked for.
+        self._asked = list(edits)
         self.edits = [*edits, *(own for each in probes for own in getattr(each, "edits", ()))]
         self.capture = list(dict.fromkeys(capture))
         # Some edits reach what no site holds; they watch the run, inside of all that looks at it.
@@ -106,9 +109,9 @@ class Session:
         self.replay = replay
         self.attached: list[Callable[[Rig], None]] = []
         self.recomputing = False
-        self._passed: set[Site] = set()
         self.rig = Rig()
         self.clock = Clock(system, rows, arguments.get("prompt"))
+        self.acted = Acted(self.clock, replay)
         self.record = Record(spec, ledger=self.clock.ledger)
         if listener is not None:
             self.clock.started.append(listener.started)
@@ -185,6 +188,8 @@ class Session:
 
     def _install(self) -> None:
         self.system.check_unchanged()
+        for each in self._asked:
+            check_branch(getattr(each, "branch", ALL), self.system.denoisers.values(), self.system.branches)
         self.record.captured = {str(site): [] for site in self.capture}
         wanted = self._wanted()
         places = {place: resolve_all(self.system.components, place.path) for place in wanted}
@@ -224,7 +229,7 @@ class Session:
         def pass_by(value: Any) -> Any:
             row = self.clock.now
             if edits:
-                self._passed.add(place)
+                self.acted.passing(place, row)
             if self.replay is not None and self.replaying(row):
                 return value
             for site, edit in edits:
@@ -268,19 +273,24 @@ class Session:
         raise error
 
     def _check_edited(self) -> None:
-        """Refuse a run that an edit was asked for and never reached; a fork may have repeated that part."""
-        for site in (site for edit in self.edits for site in edit.sites):
-            if self.replay is None and Site(site.path, site.port) not in self._passed:
-                error = OutOfOrderError(
-                    f"{site} never passed in this run: {site.path} was not called, so nothing was changed "
-                    "there. The run is on the error: error.record."
-                )
-                error.record = self.record
-                raise error
+        """Refuse a run in which an edit that was asked for did nothing, unless the run was ended early."""
+        total = self.clock.total_steps
+        if total is not None and self.record.ledger.steps < total:
+            return
+        timed = [each for each in self._asked if hasattr(each, "steps") and hasattr(each, "branch")]
+        others = [each for each in self.edits if not any(each is one for one in timed)]
+        try:
+            self.acted.check_passed([site for each in others for site in each.sites])
+            self.acted.check(timed)
+        except OutOfOrderError as error:
+            error.record = self.record
+            raise
 
     def _apply(self, edit: Edit, site: Site, value: Any) -> Any:
         old = pick(value, site.leaf, site=str(site))
         new = edit.apply(site, old, self.clock.now, self.clock.total_steps)
+        if new is not old:
+            self.acted.note(edit, str(site), self.clock.now)
         return value if new is old else put(value, site.leaf, new, site=str(site))
 
     def _starts(self, _: Row) -> None:
@@ -293,6 +303,7 @@ class Session:
 
     def _tick(self, tick: Tick, latents: torch.Tensor) -> None:
         self.system.check_unchanged()
+        self.acted.check_finite(tick, latents)
         if self.record.initial is None:
             self.record.initial = keep_tensor(tick.before)
             if self.system.by_hand and tick.before.shape[0] != self.clock.rows:
