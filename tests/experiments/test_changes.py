@@ -9,7 +9,7 @@ from pydantic import ValidationError
 import workbench as wb
 from tests import tiny
 from tests.watching import as_bytes
-from workbench.errors import InputError, UnknownNameError
+from workbench.errors import InputError, NotFiniteError, OutOfOrderError, UnknownNameError
 from workbench.experiments.changes import ForceMapSpec, InjectSpec, ReweightSpec, TurnSpec, by_kind
 from workbench.experiments.experiment import Experiment
 from workbench.experiments.site_changes import (
@@ -25,7 +25,8 @@ from workbench.interventions.scale import Scale
 from workbench.models.model import DiffusionModel
 
 MIDDLE = "unet.mid_block"
-LAYER = "unet.mid_block.attentions.0.transformer_blocks.0.attn2"
+HIDDEN = "unet.mid_block.attentions.0.transformer_blocks.0"
+LAYER = f"{HIDDEN}.attn2"
 EACH = (
     PatchSpec(site=f"{LAYER}.to_v", words=("circle",), from_words=("square",), steps=(0, 1)),
     AblateSpec(site=MIDDLE, how="mean", references=("a cross",), strength=0.5),
@@ -206,6 +207,104 @@ def test_an_experiment_is_of_the_weights_it_says(model):
 def test_of_two_that_undo_each_other_none_is_meant(changes, says):
     with pytest.raises(ValidationError, match=says):
         experiment(*changes)
+
+
+@pytest.mark.parametrize(
+    ("first", "wiped"),
+    [
+        (ScaleSpec(site=MIDDLE, factor=2.0, steps=(0, 2)), True),
+        (AblateSpec(site=MIDDLE, strength=0.5), True),
+        (ScaleSpec(site=MIDDLE, factor=2.0, branch="uncond"), True),
+        (ScaleSpec(site="unet.conv_in", factor=2.0), False),
+    ],
+)
+def test_what_overwrites_the_whole_comes_first(first, wiped):
+    whole = PatchSpec(site=MIDDLE, steps=(0, 1, 2))
+    experiment(whole, first)
+    experiment(first, PatchSpec(site=MIDDLE, steps=(1,), branch="cond"))
+    if wiped:
+        with pytest.raises(ValidationError, match=r"patch .number 1.*number 0.*nothing would be left"):
+            experiment(first, whole)
+    else:
+        experiment(first, whole)
+
+
+def test_words_and_places_are_not_taken_for_one_another():
+    site = f"{LAYER}.to_v"
+    experiment(PatchSpec(site=site, words=("circle",)), AblateSpec(site=site, tokens=(0,)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"branch": "condd"}, UnknownNameError, "no branch 'condd'.*'cond'"),
+        ({"branch": "guide7"}, OutOfOrderError, "no branch 'guide7'.*'cond'"),
+        ({"site": "vae.encoder.conv_in"}, OutOfOrderError, "was not called"),
+        (
+            {"site": "text_encoder:output.last_hidden_state"},
+            OutOfOrderError,
+            "outside of the denoising",
+        ),
+        ({"factor": 1e30}, NotFiniteError, "latents are not finite after step 0.*Scale at unet.mid_block"),
+        ({"site": f"{HIDDEN}.attn1.to_v", "words": ("blue",)}, InputError, "does not carry it"),
+    ],
+)
+def test_a_change_that_does_nothing_or_too_much_is_no_result(model, changes, error, says):
+    with pytest.raises(error, match=says):
+        experiment(ScaleSpec(**{"site": MIDDLE, "factor": 0.0, **changes})).run(model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (TurnSpec(step=9, prompt="a"), "a turn at 9"),
+        (PatchSpec(site=MIDDLE, from_step=99), "from_step=99"),
+        ({"forks": ({"step": 9, "prompt": "a"},)}, "a fork at 9"),
+        (
+            {"forks": ({"step": 2, "interventions": [AblateSpec(site=MIDDLE, steps=(0, 1))]},)},
+            "begins at step 2",
+        ),
+    ],
+)
+def test_what_no_step_has_is_refused_before_anything_runs(model, monkeypatch, changes, says):
+    monkeypatch.setattr(model, "record", None)
+    with pytest.raises(InputError, match=says):
+        (experiment(**changes) if isinstance(changes, dict) else experiment(changes)).run(model)
+
+
+def test_words_are_those_of_the_prompt_that_is_running(model):
+    found = experiment(
+        ScaleSpec(site=f"{LAYER}.to_v", words=("circle",), factor=0.0),
+        TurnSpec(step=1, prompt="a blue blue circle"),
+        TurnSpec(step=2, guidance_scale=2.0),
+        forks=({"step": 2, "prompt": "circle"},),
+    ).run(model)
+
+    def columns(prompt):
+        return model.words(prompt)["tokenizer"].of("circle")
+
+    length = len(model.words("a")["tokenizer"].ids)
+    for run, prompt in ((found.patched, "a blue blue circle"), (found.branches[0].record, "circle")):
+        (edit,) = run.spec.interventions
+        assert edit.tokens(length) == tuple(columns(prompt))
+
+
+def test_words_of_references_and_pairs_are_their_own(model):
+    site, prompts = f"{LAYER}.to_v", ("a blue blue circle", "circle")
+    runs = [model.record(prompt, seed=0, num_inference_steps=3, capture=[site]) for prompt in prompts]
+    at = [tuple(model.words(prompt)["tokenizer"].of("circle")) for prompt in prompts]
+    here = tuple(model.words("a blue circle")["tokenizer"].of("circle"))
+    target = experiment().run(model).target
+    told = {"site": site, "words": ("circle",)}
+    by_hand = wb.Ablate(site, tokens=here, how="mean", references=runs, reference_tokens=at)
+    mean = experiment(AblateSpec(**told, how="mean", references=prompts)).run(model).patched
+    assert as_bytes(mean.latents) == as_bytes(target.fork(0, interventions=[by_hand]).latents)
+    steer = experiment(SteerSpec(**told, pairs=(prompts,))).run(model).patched.spec.interventions[0]
+    one, other = (
+        torch.stack([run.at(site, step=step)[:, list(place)].mean(0) for step in range(3)]).mean(0)
+        for run, place in zip(runs, at, strict=True)
+    )
+    assert torch.allclose(steer.direction, one - other, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 
 import pytest
 
@@ -199,3 +200,23 @@ def test_a_file_too_large_to_be_one_is_not_read(tmp_path):
         file.truncate(1 << 30)
     with pytest.raises(InputError, match="more than 8 MiB"):
         Experiment.load(tmp_path / "experiment.json")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [{**PATCH, "steps": None, "tokens": [place]} for place in range(1000)],
+        [{**PATCH, "steps": list(range(1000)), "tokens": [place]} for place in range(300)],
+    ],
+)
+def test_many_changes_of_one_place_are_compared_in_no_time(changes):
+    text = json.dumps({"source": "a", "target": "b", "interventions": changes})
+    start = time.process_time()
+    Experiment.read(text, "many.json")
+    assert time.process_time() - start < 1
+
+
+def test_what_is_wrong_is_said_in_a_few_words():
+    with pytest.raises(InputError) as caught:
+        Experiment.read(changed(**{"x" * 1_000_000: 1}), "long.json")
+    assert len(str(caught.value)) < 1000

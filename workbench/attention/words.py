@@ -15,6 +15,9 @@ from workbench.errors import InputError, UnknownNameError, nearest
 _STOPS = (",", ".", ";", ":", "!", "?", ")")
 """Punctuation that is a word by itself."""
 
+UNKNOWN = "·"
+"""The text of a place that no encoder's tokens account for."""
+
 _LONGEST = 512
 """Tokens that a prompt is padded to by tokenizers that set no limit."""
 
@@ -63,7 +66,7 @@ def words_of(readings: Sequence[Reading], length: int, prompt: str = "") -> list
     words, offset = list[Word](), 0
     chosen = laid_out(readings, length) or _part(readings, length, prompt)
     if not chosen:
-        return [Word("·", (column,), special=True) for column in range(length)]
+        return [Word(UNKNOWN, (column,), special=True) for column in range(length)]
     for each in chosen:
         words += located(_words(each, offset), prompt)
         offset += len(each.ids)

@@ -9,8 +9,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from workbench.errors import InputError
-from workbench.experiments.change import MOST, Runs
-from workbench.experiments.changes import AnySpec, TurnSpec, check_order
+from workbench.experiments.change import MOST, Runs, SiteChange
+from workbench.experiments.changes import AnySpec, TurnSpec
+from workbench.experiments.conflicts import check_order
+from workbench.interventions.intervention import Intervention
 from workbench.tracing.record import Record
 from workbench.tracing.session import Listener
 
@@ -63,7 +65,7 @@ def rerun(
     run: Record,
     acting: Sequence[Any],
     runs: Runs,
-    before: Sequence[Any] = (),
+    before: Sequence[tuple[Any, Intervention]] = (),
     *,
     listener: Listener | None = None,
     start: int | None = None,
@@ -74,42 +76,55 @@ def rerun(
         run: what is changed.
         acting: interventions and turns, as data.
         runs: what the interventions take from.
-        before: interventions that go first.
+        before: interventions that go first: those of the run, each with what it was as data.
         listener: told how the runs go on.
         start: the step to fork at; None is the first that anything is changed in.
 
     Raises:
         InputError: a turn is at a step that the run has not.
     """
-    steps = run.ledger.steps
+    steps, prompt = run.ledger.steps, run.spec.arguments.get("prompt")
+    now = prompt
     turns = [each for each in acting if isinstance(each, TurnSpec)]
     edits = [each for each in acting if not isinstance(each, TurnSpec)]
-    bound = [each.bind(runs) for each in edits]
+    bound = [(each, each.bind(runs.of(prompt))) for each in edits]
     first = first_of(edits, steps) if start is None else start
     for turn in turns:
-        if turn.step >= steps:
-            raise InputError(
-                f"The runs have {steps} steps, counted from 0; a turn at {turn.step} is in none."
-            )
+        turn.check(steps)
     stages: list[TurnSpec | None] = [*([] if turns and turns[0].step <= first else [None]), *turns]
     for stage, after in zip(stages, [*stages[1:], None], strict=True):
         # An edit of what only a later turn's prompt says must not act before it.
         until = steps if after is None else after.step
-        late = [each for each, edit in zip(bound, edits, strict=True) if not edit.within(0, until, steps)]
-        mine = [each for each in bound if not any(each is other for other in late)]
+        mine = [*before, *((each, edit) for each, edit in bound if each.within(0, until, steps))]
         told = {} if stage is None else stage.changes()
         at = first if stage is None else stage.step
-        run = run.fork(at, interventions=[*before, *mine], capture=(), listener=listener, **told)
+        now = told.get("prompt", now)
+        made = [edit if now == prompt else _worded(each, edit, runs.of(now)) for each, edit in mine]
+        run = run.fork(at, interventions=made, capture=(), listener=listener, **told)
     return run
 
 
+def _worded(each: Any, edit: Intervention, runs: Runs) -> Intervention:
+    """Return an intervention as it is in another prompt's run: its words are of that prompt there."""
+    return each.bind(runs) if isinstance(each, SiteChange) and each.words is not None else edit
+
+
 def acting_in(changes: Sequence[Any], steps: int, start: int, *, every: bool = False) -> list[Any]:
-    """Return changes without the steps before ``start``: those that take from the source, or every one."""
+    """Return changes without the steps before ``start``: those that take from the source, or every one.
+
+    Raises:
+        InputError: one names a step that the runs have not, or, of every one, none from ``start`` on.
+    """
     found = []
     for each in changes:
         if not isinstance(each, TurnSpec) and start and (every or each.captures):
             acts = each.act(steps)
             late = tuple(sorted(step for step in acts if step >= start))
+            if not late and every:
+                raise InputError(
+                    f"{each.kind} acts in steps {sorted(acts)} alone, and the fork begins at step {start}, "
+                    "so it would change nothing there."
+                )
             if not late:
                 continue
             found.append(each if len(late) == len(acts) else each.model_copy(update={"steps": late}))

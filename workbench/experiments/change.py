@@ -50,8 +50,19 @@ class Runs(Protocol):
     def plain(self, prompt: str | None, sites: Sequence[str]) -> Record:
         """Return a run of another prompt with the target's seed, which keeps ``sites``."""
 
-    def places(self, words: Sequence[str], *, source: bool = False) -> Callable[[int], tuple[int, ...]]:
-        """Return where words of a prompt stand, once the length of the sequence is known."""
+    def of(self, prompt: Any) -> Runs:
+        """Return the same where another prompt than the target's is running, of which words are then."""
+
+    def places(
+        self, words: Sequence[str], *, source: bool = False, prompt: str | None = None
+    ) -> Callable[[int], tuple[int, ...]]:
+        """Return where words stand, once the length of the sequence is known.
+
+        Args:
+            words: of the running prompt, unless another is said.
+            source: take the source's.
+            prompt: take this one.
+        """
 
 
 class Change(BaseModel):
@@ -119,6 +130,11 @@ class Change(BaseModel):
         """Where it leaves nothing of what was there before; nowhere, and so empty, where it does."""
         return ()
 
+    @property
+    def ground(self) -> tuple[str, ...]:
+        """What it changes, whether or not something is left of what was there; empty if that is not known."""
+        return self.place
+
     def choices(self, steps: int | None) -> tuple[Collection[Any] | None, ...]:
         """Return which of its place it chooses in each way, None being all.
 
@@ -129,12 +145,6 @@ class Change(BaseModel):
         if chosen is not None and steps is not None:
             chosen = tuple(step % steps for step in chosen)
         return (chosen, None if self.branch in ("all", "both") else (self.branch,), self.heads)
-
-    def undoes(self, other: Change, steps: int | None) -> bool:
-        """Whether nothing is left of another change of the same place, which came before."""
-        pairs = list(zip(self.choices(steps), other.choices(steps), strict=True))
-        common = all(one is None or two is None or set(one) & set(two) for one, two in pairs)
-        return common and self.everywhere and other.everywhere
 
 
 def _not_ours(arguments: dict[str, JsonValue]) -> dict[str, JsonValue]:
@@ -153,7 +163,7 @@ class SiteChange(Change):
     Attributes:
         site: where, spelled ``unet.mid_block`` or ``unet.mid_block:input``.
         tokens: which places of a sequence; None is every one.
-        words: the same by words of the target's prompt, wherever its text is the sequence.
+        words: the same by words of the prompt that is running, wherever its text is the sequence.
     """
 
     site: Text
@@ -185,12 +195,17 @@ class SiteChange(Change):
         """The site, if nothing is left there."""
         return (self.site,) if self.overwrites else ()
 
+    @property
+    def ground(self) -> tuple[str, ...]:
+        """The site."""
+        return (self.site,)
+
     def choices(self, steps: int | None) -> tuple[Collection[Any] | None, ...]:
         """Return the choices of all changes, and of a sequence.
 
         Words and tokens are compared with their like alone: which token a word is, a tokenizer knows.
         """
-        return (*super().choices(steps), self.tokens, self.words)
+        return (*super().choices(steps), self.tokens if self.words is None else self.words)
 
 
 class LayerChange(Change):

@@ -1,20 +1,19 @@
 """Interventions as data: what an experiment changes in its target's run, as JSON says it.
 
 Each becomes an intervention of `workbench.interventions` once the runs it needs are there. They act in the
-order they are listed in; of two that put something new in the same place the later would undo the earlier,
-so that is an error.
+order they are listed in; one that leaves nothing of an earlier is an error, see
+`workbench.experiments.conflicts`.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from itertools import chain, combinations, pairwise
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from workbench.errors import InputError
 from workbench.experiments.change import (
     Arguments,
     Change,
@@ -125,6 +124,17 @@ class TurnSpec(BaseModel):
             raise ValueError(f"a {self.kind} changes something: prompt, guidance_scale or arguments")
         return self
 
+    def check(self, steps: int) -> None:
+        """Refuse to be at a step that runs of so many have not.
+
+        Raises:
+            InputError: with both.
+        """
+        if self.step >= steps:
+            raise InputError(
+                f"The runs have {steps} steps, counted from 0; a {self.kind} at {self.step} is in none."
+            )
+
     def changes(self) -> dict[str, Any]:
         """Return what a fork at the step is told."""
         said = {"prompt": self.prompt, "guidance_scale": self.guidance_scale}
@@ -145,36 +155,6 @@ AnySpec = Annotated[
     | TurnSpec,
     Field(discriminator="kind"),
 ]
-
-
-def check_order(changes: Sequence[Any], steps: int | None = None) -> None:
-    """Refuse changes of which one would undo another.
-
-    Args:
-        changes: in their order.
-        steps: how many the runs have, if that is known.
-
-    Raises:
-        ValueError: with both.
-    """
-    placed: dict[tuple[str, ...], list[tuple[int, Change]]] = defaultdict(list)
-    for number, each in enumerate(changes):
-        if isinstance(each, Change) and each.place:
-            placed[each.place].append((number, each))
-    pairs = chain.from_iterable(combinations(those, 2) for those in placed.values())
-    for (first, one), (second, two) in pairs:
-        if two.undoes(one, steps):
-            raise ValueError(
-                f"{two.kind} (number {second}) puts something new where {one.kind} (number {first}) just "
-                "did: give them other steps, branches, heads or tokens, or a strength"
-            )
-    turns = [(number, each) for number, each in enumerate(changes) if isinstance(each, TurnSpec)]
-    for (_, before), (number, turn) in pairwise(turns):
-        if turn.step <= before.step:
-            raise ValueError(
-                f"turns go forward: number {number}, at step {turn.step}, comes after that at step "
-                f"{before.step}"
-            )
 
 
 def by_kind() -> Mapping[str, type[BaseModel]]:

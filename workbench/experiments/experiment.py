@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -14,20 +15,21 @@ import torch
 from PIL import Image
 
 from workbench import zoo
-from workbench.attention.words import find, words_of
+from workbench.attention.words import UNKNOWN, find, words_of
 from workbench.errors import InputError, UnknownNameError, nearest
-from workbench.experiments.branching import Branch, Fork, rerun
+from workbench.experiments.branching import Branch, Fork, every_fork, rerun
 from workbench.experiments.change import Change, Runs, SiteChange
 from workbench.experiments.changes import TurnSpec
 from workbench.experiments.inversion import invert
 from workbench.experiments.sampler import other_scheduler, put_scheduler, sampling
-from workbench.experiments.site_changes import ModuleSpec
+from workbench.experiments.site_changes import ModuleSpec, PatchSpec
 from workbench.experiments.spec import ExperimentSpec
 from workbench.experiments.texts import readings
 from workbench.interventions.intervention import Intervention
 from workbench.models.asked import Captured
 from workbench.models.hashing import weights_hash
 from workbench.models.model import DiffusionModel
+from workbench.tracing.branches import check_branch
 from workbench.tracing.record import Record
 from workbench.tracing.session import Listener
 from workbench.tracing.sites import Site, resolve
@@ -214,8 +216,31 @@ class Experiment(ExperimentSpec):
                 each.check_trusted(allow_code)
             if isinstance(each, SiteChange):
                 resolve(model.components, Site.parse(each.site).path)
-            if isinstance(each, Change) and self.num_inference_steps is not None:
-                each.act(self.num_inference_steps)
+            if isinstance(each, Change):
+                given = getattr(model.pipeline, "branches", None)
+                check_branch(each.branch, model.denoisers.values(), given)
+        if self.num_inference_steps is not None:
+            self.check_steps(self.num_inference_steps)
+
+    def check_steps(self, steps: int) -> None:
+        """Refuse what is at a step that runs of so many have not.
+
+        Raises:
+            InputError: with the step.
+        """
+        for each in self.every_change():
+            if isinstance(each, Change):
+                each.act(steps)
+            if isinstance(each, TurnSpec):
+                each.check(steps)
+            early = each.from_step if isinstance(each, PatchSpec) else None
+            if early is not None and not -steps <= early < steps:
+                raise InputError(
+                    f"The runs have {steps} steps, counted from 0; from_step={early} is none of them."
+                )
+        for fork in every_fork(self.forks):
+            fork.check(steps)
+            fork.acting(steps)
 
     def run_target(
         self, model: DiffusionModel, *, capture: tuple[Captured, ...] = (), listener: Listener | None = None
@@ -281,19 +306,32 @@ class Experiment(ExperimentSpec):
         acting = self.acting(target.ledger.steps)
         return [each.bind(runs) for each in acting if not isinstance(each, TurnSpec)]
 
-    def places(self, run: Record, words: Sequence[str]) -> Callable[[int], tuple[int, ...]]:
-        """Return where words of a run's prompt stand, once the length of the sequence is known.
+    def places(
+        self, run: Record, words: Sequence[str], prompt: Any = None
+    ) -> Callable[[int], tuple[int, ...]]:
+        """Return where words of a prompt stand, once the length of the sequence is known.
+
+        Args:
+            run: whose prompt and arguments it is.
+            words: of the prompt.
+            prompt: another in place of the run's.
 
         Raises:
-            InputError: the run has no prompt.
+            InputError: the run has no prompt; and, of a length, that the text is not so long.
         """
-        prompt, model = run.spec.arguments.get("prompt"), run.model
+        prompt, model = run.spec.arguments.get("prompt") if prompt is None else prompt, run.model
         if not isinstance(prompt, str) or not isinstance(model, DiffusionModel):
             raise InputError(f"words={list(words)} are of a prompt, and this run has none.")
         read = readings(model, prompt, run.spec.arguments)
 
         def found(length: int) -> tuple[int, ...]:
             known = words_of(read, length, prompt)
+            if all(word.text == UNKNOWN for word in known):
+                raise InputError(
+                    f"words={list(words)} choose places of the prompt's text, and a sequence of {length} "
+                    "places is not that text: this site does not carry it. Take one that does, such as a "
+                    "cross-attention's '….attn2.to_v', or give tokens."
+                )
             return tuple(column for word in words for column in find(known, word).columns)
 
         return found
@@ -310,16 +348,19 @@ class Experiment(ExperimentSpec):
         """Return the runs of the forks, each computed only from its step on."""
         runs = self.runs(source, target, allow_code=allow_code)
 
-        def grown(forks: Sequence[Fork], stem: Record) -> tuple[Branch, ...]:
+        def grown(forks: Sequence[Fork], stem: Record, said: Sequence[Any]) -> tuple[Branch, ...]:
             found = []
             for fork in forks:
-                acting, before = fork.acting(target.ledger.steps), stem.spec.interventions
+                acting = fork.acting(target.ledger.steps)
+                before = list(zip(said, stem.spec.interventions, strict=True))
                 record = rerun(stem, acting, runs, before, listener=listener, start=fork.step)
-                found.append(Branch(fork, record, grown(fork.forks, record)))
+                further = [each for each in acting if isinstance(each, Change)]
+                found.append(Branch(fork, record, grown(fork.forks, record, [*said, *further])))
             return tuple(found)
 
+        said = [each for each in self.acting(target.ledger.steps) if isinstance(each, Change)]
         with self.sampling_as(target):
-            return grown(self.forks, target if changed is None else changed)
+            return grown(self.forks, *((target, []) if changed is None else (changed, said)))
 
     def sampling_as(self, run: Record) -> AbstractContextManager[None]:
         """Let the model of a run have the experiment's scheduler for a while."""
@@ -349,6 +390,7 @@ class _Runs:
         self.allow_code = allow_code
         self.source = source
         self.target = target
+        self._prompt: Any = None
         self._plain: dict[tuple[str | None, tuple[str, ...]], Record] = {}
 
     def plain(self, prompt: str | None, sites: Sequence[str]) -> Record:
@@ -363,8 +405,17 @@ class _Runs:
                 self._plain[key] = model.record(prompt, capture=list(sites), **settings)
         return self._plain[key]
 
-    def places(self, words: Sequence[str], *, source: bool = False) -> Callable[[int], tuple[int, ...]]:
-        return self.experiment.places(self.source if source else self.target, words)
+    def of(self, prompt: Any) -> Runs:
+        other = copy(self)
+        other._prompt = prompt
+        return other
+
+    def places(
+        self, words: Sequence[str], *, source: bool = False, prompt: str | None = None
+    ) -> Callable[[int], tuple[int, ...]]:
+        if source:
+            return self.experiment.places(self.source, words)
+        return self.experiment.places(self.target, words, self._prompt if prompt is None else prompt)
 
 
 def _check_hash(model: DiffusionModel, wanted: str | None, field: str) -> None:

@@ -108,7 +108,7 @@ class Planner:
         if change.heads is not None:
             plan["heads"] = list(change.heads)
         if change.words is not None or change.tokens is not None:
-            plan["tokens"] = self._tokens(change)
+            plan["tokens"] = self._tokens(change, run.run)
         plan |= _partly(change, run)
         if change.mask is not None:
             self._check_mask(change, run)
@@ -120,6 +120,7 @@ class Planner:
             if (tokens := self._from_tokens(change)) is not None:
                 plan["from_tokens"] = tokens
         elif isinstance(change, AblateSpec):
+            self._check_places(change, change.references, plan.get("tokens", ()))
             plan |= self._ablation(change, plan["at"], run)
             if change.how == "noise" and _of_scheduler(change):
                 plan["calls_of_steps"] = {row.tick: row.call for row in run.rows}
@@ -131,6 +132,7 @@ class Planner:
             plan["direction"] = change.direction
         elif isinstance(change, SteerSpec):
             runs = [("prompt", prompt) for pair in change.pairs for prompt in pair]
+            self._check_places(change, [prompt for _, prompt in runs], plan.get("tokens", ()))
             plan |= {"runs": runs, "method": change.method, "seen": self._seen(change), "from": plan["at"]}
         else:
             assert isinstance(change, ModuleSpec)
@@ -215,11 +217,23 @@ class Planner:
         steps = sorted(change.act(self.steps))
         return [_passing(self.target, step, branch, _of_scheduler(change))[0] for step in steps]
 
-    def _tokens(self, change: SiteChange) -> list[int]:
+    def _tokens(self, change: SiteChange, run: Record) -> list[int]:
         if change.tokens is not None:
             return list(change.tokens)
         assert change.words is not None
-        return list(self.experiment.places(self.target, change.words)(_length(self.target, change.site)))
+        return list(self.experiment.places(run, change.words)(_length(run, change.site)))
+
+    def _check_places(self, change: SiteChange, prompts: Sequence[str], tokens: Sequence[int]) -> None:
+        """Refuse words that stand elsewhere in a prompt that is taken from: a script has one choice."""
+        if change.words is None or not prompts:
+            return
+        length = _length(self.target, change.site)
+        for prompt in prompts:
+            if list(self.experiment.places(self.target, change.words, prompt)(length)) != list(tokens):
+                raise InputError(
+                    f"words={list(change.words)} stand at other places in {prompt!r}, which a standalone "
+                    f"script cannot say. {ELSE}"
+                )
 
     def _check_mask(self, change: SiteChange, run: _Part) -> None:
         """Refuse a mask where the site has no picture for it, as the run would.

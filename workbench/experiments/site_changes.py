@@ -104,7 +104,9 @@ class AblateSpec(SiteChange):
     def bind(self, runs: Runs) -> Ablate:
         """Return the ablation, with runs of its references."""
         references = [runs.plain(prompt, [self.site]) for prompt in self.references]
-        return Ablate(**self.at(runs), how=self.how, references=references, seed=self.seed)
+        words, at = self.words, self.at(runs)
+        own = () if words is None else tuple(runs.places(words, prompt=each) for each in self.references)
+        return Ablate(**at, how=self.how, references=references, reference_tokens=own, seed=self.seed)
 
 
 class ReplaceSpec(SiteChange):
@@ -213,8 +215,13 @@ class SteerSpec(SiteChange):
             return Steer(**self.at(runs), direction=torch.tensor(self.direction))
         kept = [self.site]
         sides = [[runs.plain(pair[side], kept) for pair in self.pairs] for side in (0, 1)]
-        at = self.at(runs)
-        return Steer.between(at.pop("site"), *sides, method=self.method, **at)
+        at, words = self.at(runs), self.words
+        seen = (
+            []
+            if words is None
+            else [tuple(runs.places(words, prompt=p) for p in pair) for pair in self.pairs]
+        )
+        return Steer.between(at.pop("site"), *sides, method=self.method, seen=seen, **at)  # type: ignore[arg-type]
 
 
 class ModuleSpec(SiteChange):

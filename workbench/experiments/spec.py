@@ -20,7 +20,8 @@ from workbench import zoo
 from workbench.errors import InputError
 from workbench.experiments.branching import Fork, acting_in, check_forks, every_fork, first_of
 from workbench.experiments.change import MOST, Arguments
-from workbench.experiments.changes import AnySpec, check_order
+from workbench.experiments.changes import AnySpec
+from workbench.experiments.conflicts import check_order
 from workbench.experiments.sampler import SchedulerSpec
 
 FORMAT = 2
@@ -34,6 +35,8 @@ LARGEST = 8 << 20
 
 _SAID = 5
 _MANY = 100
+_LOCATED, _LONGEST = 120, 400
+"""How many characters are said of where something does not fit, and of why."""
 
 
 class ExperimentSpec(BaseModel):
@@ -281,9 +284,17 @@ def _wrong(error: ValidationError) -> str:
     if error.error_count() > _MANY:
         return f"{error.error_count()} things in it do not fit"
     found = error.errors(include_url=False, include_context=False)
-    said = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}".lstrip(": ") for each in found[:_SAID]]
+    said = [
+        f"{_cut('.'.join(map(str, each['loc'])), _LOCATED)}: {_cut(each['msg'], _LONGEST)}".lstrip(": ")
+        for each in found[:_SAID]
+    ]
     more = [f"and {len(found) - _SAID} more"] if len(found) > _SAID else []
     return "; ".join([*said, *more])
+
+
+def _cut(text: str, most: int) -> str:
+    """Return text of at most so many characters, its beginning and its end."""
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[1 - most // 2 :]}"
 
 
 def _label(prompt: str | None, seed: int, told: bool) -> str:

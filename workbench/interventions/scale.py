@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from workbench.errors import InputError, UnknownNameError, nearest
-from workbench.interventions.intervention import Intervention, check_number
+from workbench.interventions.intervention import Intervention, Places, check_number
 from workbench.interventions.patch import Patch
 from workbench.tracing.ledger import Row
 from workbench.tracing.record import Record
@@ -47,11 +47,13 @@ class Ablate(Intervention):
         how: ``"zero"``; ``"mean"``, of the references, at the same step and branch; ``"resample"``, one of
             them, drawn by the seed; ``"noise"``, normal, with the mean and deviation of each row.
         references: the runs to take a mean of or to draw from; they must have captured the site.
+        reference_tokens: which places of each reference's sequence go into ``tokens``; none is the same.
         seed: of what is drawn.
     """
 
     how: str = field(default="zero", kw_only=True)
     references: Sequence[Record] = field(default=(), kw_only=True, repr=False)
+    reference_tokens: Sequence[Places] = field(default=(), kw_only=True, repr=False)
     seed: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -65,8 +67,10 @@ class Ablate(Intervention):
                 f"how={self.how!r} with {len(self.references)} references: 'mean' and 'resample' take some, "
                 "runs that captured the site, and the others none."
             )
-        for each in self.references:
-            self._from(each)
+        if self.reference_tokens and len(self.reference_tokens) != len(self.references):
+            raise InputError("reference_tokens are of the references: give one for each, or none.")
+        for number in range(len(self.references)):
+            self._from(number)
 
     def new_value(self, site: Site, value: torch.Tensor, row: Row, branch: str) -> torch.Tensor:
         """Return what stands for nothing, ``(rows, ...)``."""
@@ -78,14 +82,17 @@ class Ablate(Intervention):
             over = tuple(range(1, value.ndim))
             return value.mean(over, keepdim=True) + noise * value.std(over, keepdim=True)
         if self.how == "resample":
-            chosen = self.references[drawn(self.seed, len(self.references))]
-            return self._from(chosen).new_value(site, value, row, branch)
-        found = [self._from(each).new_value(site, value, row, branch) for each in self.references]
+            return self._from(drawn(self.seed, len(self.references))).new_value(site, value, row, branch)
+        numbers = range(len(self.references))
+        found = [self._from(number).new_value(site, value, row, branch) for number in numbers]
         return torch.stack(found).mean(0)
 
-    def _from(self, reference: Record) -> Patch:
+    def _from(self, number: int) -> Patch:
         where = {name: getattr(self, name) for name in ("heads", "samples", "tokens")}
-        return Patch(self.site, self.steps, self.branch, **where, source=reference)
+        tokens = self.reference_tokens[number] if self.reference_tokens else None
+        return Patch(
+            *(self.site, self.steps, self.branch), **where, source=self.references[number], from_tokens=tokens
+        )
 
 
 HOW = ("zero", "mean", "resample", "noise")

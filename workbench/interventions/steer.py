@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from workbench.errors import InputError, UnknownNameError, nearest
+from workbench.errors import InputError, ShapeError, UnknownNameError, nearest
 from workbench.interventions.given import check_given, fitted
-from workbench.interventions.intervention import Intervention
+from workbench.interventions.intervention import Intervention, Places
 from workbench.tracing.ledger import ALL, Row
 from workbench.tracing.record import Record
 from workbench.tracing.sites import Site
 from workbench.tracing.steps import Steps, covers, normal
+from workbench.tracing.structure import describe
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Steer(Intervention):
         steps: Steps = None,
         branch: str = ALL,
         method: str = "mean",
+        seen: Sequence[tuple[Places, Places]] = (),
         **where: object,
     ) -> Steer:
         """Find the direction from some runs to others, pair by pair, over the steps together.
@@ -58,10 +60,13 @@ class Steer(Intervention):
             method: ``"mean"`` of the differences, or ``"pca"``: their first principal component through
                 the origin, as long as the mean along it, and pointing the way it does (Zou et al., 2023,
                 arXiv:2310.01405).
+            seen: of each pair, which places of the sequence to look at in the one and in the other; none is
+                those that are acted on.
             **where: ``heads``, ``tokens``, ``samples``, ``mask`` and ``strength``, as of any intervention.
 
         Raises:
             InputError: not as many of the one as of the other, or none.
+            ShapeError: of a pair, more places are looked at in the one than in the other.
             UnknownNameError: no such method.
         """
         if not towards or len(towards) != len(away):
@@ -69,9 +74,19 @@ class Steer(Intervention):
         if method not in ("mean", "pca"):
             raise UnknownNameError(f"method={method!r}.{nearest(method, ('mean', 'pca'))}")
         like = cls(site, steps, branch, direction=torch.zeros(1), **where)  # type: ignore[arg-type]
-        differences = torch.stack(
-            [like._seen(one) - like._seen(other) for one, other in zip(towards, away, strict=True)]
-        )
+        places = seen or [(None, None)] * len(towards)
+        pairs = [
+            (like._seen(one, here), like._seen(other, there))
+            for one, other, (here, there) in zip(towards, away, places, strict=True)
+        ]
+        for pair in pairs:
+            if any(each.shape != pairs[0][0].shape for each in pair):
+                raise ShapeError(
+                    f"At {site} one run has {describe(pairs[0][0][0])} to look at and another "
+                    f"{describe(next(each for each in pair if each.shape != pairs[0][0].shape)[0])}: a "
+                    "direction is between as many places. Take words of as many tokens in every prompt."
+                )
+        differences = torch.stack([one - other for one, other in pairs])
         mean = differences.mean((0, 1))
         if method == "pca":
             flat = differences.flatten(0, 1).flatten(1)
@@ -83,10 +98,10 @@ class Steer(Intervention):
         """Return ``value`` and the direction, ``(rows, ...)``."""
         return value + fitted(self.direction, "direction", value, site, row)
 
-    def _seen(self, record: Record) -> torch.Tensor:
+    def _seen(self, record: Record, tokens: Places = None) -> torch.Tensor:
         """Return what a run has at the site where this acts, a mean over rows for each step."""
         site, steps = Site.parse(self.site), record.ledger.steps
         rows = [next(iter(record.ledger.at(step, self.branch))) for step in range(steps)]
         chosen = [row.step for row in rows if covers(normal(self.steps), row, steps)]
         values = [record.at(site, step=step, branch=self.branch) for step in chosen]
-        return torch.stack([value[self.place(site, value)].mean(0) for value in values]).float()
+        return torch.stack([value[self.place(site, value, tokens)].mean(0) for value in values]).float()
