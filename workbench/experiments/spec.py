@@ -184,7 +184,7 @@ class ExperimentSpec(BaseModel):
         try:
             return cls.model_validate_json(_carried(text) if name.endswith((".py", ".ipynb")) else text)
         except ValidationError as error:
-            raise InputError(f"{name} is no experiment: {_wrong(error)}.") from None
+            raise InputError(f"{name} is no experiment: {wrong(error)}.") from None
         except (ValueError, AttributeError, TypeError, RecursionError) as error:
             raise InputError(f"{name} is no experiment: {error}") from error
 
@@ -238,7 +238,7 @@ class ExperimentSpec(BaseModel):
                 {**self.model_dump(), "forks": [*self.model_dump()["forks"], fork.model_dump()]}
             )
         except ValidationError as error:
-            raise InputError(f"This is no branch of the experiment: {_wrong(error)}.") from None
+            raise InputError(f"This is no branch of the experiment: {wrong(error)}.") from None
 
     def captures(self) -> tuple[str, ...]:
         """Return the sites the source's run must keep."""
@@ -279,7 +279,7 @@ def _carried(text: str) -> str:
     raise ValueError(f"no line of it begins with {CARRIED!r}, as in what was exported")
 
 
-def _wrong(error: ValidationError) -> str:
+def wrong(error: ValidationError) -> str:
     """Say what does not fit, in one line."""
     if error.error_count() > _MANY:
         return f"{error.error_count()} things in it do not fit"

@@ -19,11 +19,12 @@ from workbench.experiments.experiment import Experiment
 from workbench.experiments.labelled import dataset, label, need_xarray
 from workbench.experiments.measured import RunMetric, run_metric
 from workbench.experiments.sampler import sampling
-from workbench.experiments.site_changes import CorruptSpec, PatchSpec
+from workbench.experiments.site_changes import CorruptSpec
+from workbench.experiments.sweepcell import cell_of, check_axes, step_of
 from workbench.experiments.sweeping import Progress, Sweeper
+from workbench.experiments.sweepplan import PLAN
 from workbench.experiments.sweepstore import Result, SweepStore
 from workbench.experiments.together import ROWS
-from workbench.experiments.windows import window as window_of
 from workbench.interventions.corrupt import Corrupt
 from workbench.interventions.intervention import Intervention
 from workbench.models.model import DiffusionModel
@@ -36,18 +37,15 @@ if TYPE_CHECKING:
 SEEDS = 4
 """How many seeds a sweep has that names none: what one seed shows may be that seed's."""
 
-AXES = ("site", "step", "window", "branch", "heads", "words", "seed")
-"""The axes that a sweep of patches knows by name."""
-
-Point = Mapping[str, Any]
-
 
 class Sweep:
     """One experiment at every point of some axes.
 
     A point is a value of each axis, and its cell an `Experiment`: by default the patch of ``site`` in the
-    window around ``step``, in the runs of ``seed``. What else an axis is called stands in the prompts in
-    braces: ``source="a {colour} circle"`` with an axis ``colour``.
+    window around ``step``, in the runs of ``seed``, beside what the experiment changes itself. Without an
+    axis ``site`` the others say where and when the experiment's own patches act (or, if it has none, what
+    else it changes). What else an axis is called stands in the prompts in braces: ``source="a {colour}
+    circle"`` with an axis ``colour``.
 
     Cells share what they can: each pair of source and target is run once, what precedes a patch is replayed,
     and cells that begin at one step are rows of one run. Their values are within rounding those of runs of
@@ -56,12 +54,12 @@ class Sweep:
     Args:
         experiment: what is the same in all cells: the model, the prompts, the settings. It names its steps.
         axes: the values of each axis, by name. ``site``: where (several at once as a tuple); ``step``:
-            which column of the map; ``window``, ``branch``; ``heads``: a head or a tuple of them;
-            ``words``: a word of both prompts, or ``"red -> blue"`` for the source's red where the target has
-            blue, or a tuple of these; ``seed``, four from the experiment's on if it is not given.
+            which column of the map, -1 being the last; ``window``, ``branch``; ``heads``: a head or a tuple
+            of them; ``words``: a word of both prompts, or ``"red -> blue"`` for the source's red where the
+            target has blue, or a tuple of these; ``seed``, four from the experiment's on if it is not given.
         cell: makes the experiment of a point, for other changes than one patch; the axes may then be any.
         window: which steps a cell covers, see `workbench.experiments.windows`.
-        branch: which guidance branch is patched.
+        branch: which guidance branch is patched at a ``site``.
         metrics: what is measured, by name (see `workbench.experiments.measured.METRICS`) or as functions of
             the records of the run, the source and the target.
         corrupt: changes of the target's run that all cells keep: with `Corrupt` and one prompt for both
@@ -114,6 +112,11 @@ class Sweep:
         self.axes = {name: _axis(name, values) for name, values in axes.items()}
         self.axes.setdefault("seed", tuple(range(experiment.seed, experiment.seed + SEEDS)))
         self.window, self.branch = window, branch
+        if cell is None:
+            check_axes(self.axes, window=window, branch=branch, own=bool(experiment.interventions))
+            if "step" in self.axes:
+                steps = [step_of(each, experiment.num_inference_steps) for each in self.axes["step"]]
+                self.axes["step"] = _axis("step", steps)
         self.metrics = tuple(run_metric(each) for each in metrics)
         self.corrupt = tuple(corrupt)
         self.corrupting = tuple(CorruptSpec.of(each, experiment.num_inference_steps) for each in corrupt)
@@ -123,12 +126,12 @@ class Sweep:
         names = [each.name for each in self.metrics]
         if len(set(names)) < len(names):
             raise InputError(
-                f"Two metrics are called alike: {', '.join(names)}. Rename one: RunMetric(name, function)."
+                f"Two metrics are called alike: {', '.join(names)}. Rename one: wb.RunMetric(name, metric)."
             )
         if both := set(names) & set(self.axes):
             raise InputError(
                 f"A metric and an axis are both called {', '.join(sorted(both))}. Rename the metric: "
-                "RunMetric(name, function)."
+                "wb.RunMetric(name, metric)."
             )
         self.points = [dict(zip(self.axes, values, strict=True)) for values in product(*self.axes.values())]
         self.cells = [self._checked(point, cell or self._patched) for point in self.points]
@@ -148,6 +151,7 @@ class Sweep:
             "metrics": {each.name: each.definition for each in self.metrics},
             "corrupt": [each.model_dump(mode="json") for each in self.corrupting],
             "controls": self.controls,
+            "plan": PLAN,
             "rows": self.rows,
         }
 
@@ -167,7 +171,8 @@ class Sweep:
     ) -> xarray.Dataset:
         """Run every cell that a folder does not hold yet, and return what was measured.
 
-        A cell whose experiment is refused has its error in place of values; the others are run.
+        A cell whose experiment is refused, or whose metric raises, has its error in place of values; the
+        others are run.
 
         Args:
             model: an open model; None opens the one the experiment names.
@@ -181,9 +186,12 @@ class Sweep:
             An ``xarray.Dataset`` over the axes. For a metric ``towards``: ``towards`` of each cell;
             ``towards_mean`` over the seeds, and ``towards_low`` to ``towards_high``, its 95% confidence
             interval (Student's t over seeds, NaN of fewer than two); ``towards_random`` of a change as large
-            as each cell's patch in a random direction; and by pair of runs ``towards_floor``, what another
-            seed alone does, and ``towards_identity``, every patch from the target's own run, which is 0 if
-            all is right.
+            as each cell's patch in a random direction, beside whatever else the cell changes; and by pair of
+            runs ``towards_floor``, what another seed alone does, and ``towards_identity``, every patch with
+            what the target's own run has in that place, which is 0 if all is right. Cells without patches
+            have neither a random direction nor an identity: NaN, and where no cell has one, no variable.
+            ``error`` says why a cell has no value, and ``error_random``, ``error_floor`` and
+            ``error_identity`` why a control has none; they are there if anything failed.
 
         Raises:
             StoreError: the folder holds another sweep, or something else.
@@ -252,6 +260,11 @@ class Sweep:
         with sampling(model, self.experiment.scheduler):
             return Sweeper(self, model, allow_code=allow_code).alone(index)
 
+    def beside(self, steps: int) -> int:
+        """Return how many of a cell's acting changes, the first, stand beside what is swept in every cell."""
+        swept_alone = self.cell is not None or "site" not in self.axes
+        return 0 if swept_alone else len(self.experiment.acting(steps))
+
     def changes_of(
         self, index: int, source: Record, target: Record, *, runs: Runs | None = None
     ) -> list[Intervention]:
@@ -267,6 +280,8 @@ class Sweep:
         allow_code: bool = False,
     ) -> Path:
         """Write the sweep as a script, ``.py``, or a notebook, ``.ipynb``.
+
+        `Experiment.load` reads the experiment of all cells from it, with the names of axes in its prompts.
 
         Args:
             path: where to.
@@ -288,7 +303,7 @@ class Sweep:
             code = sweepcode.standalone_sweep_code(self, model, allow_code=allow_code)
         else:
             code = sweepcode.workbench_sweep_code(self, model)
-        return write(as_file(code, Path(path).suffix), path)
+        return write(as_file(code, Path(path).suffix, self.experiment), path)
 
     def _opened(self, model: DiffusionModel | None) -> DiffusionModel:
         opened = self.experiment.open() if model is None else model
@@ -318,43 +333,7 @@ class Sweep:
         return made
 
     def _patched(self, point: dict[str, Any]) -> Experiment:
-        """Return the experiment with the patch of a point, in the runs of that point."""
-        known, steps = self.experiment, self.experiment.num_inference_steps
-        assert steps is not None
-        texts = {"source": known.source, "target": known.target}
-        for name, value in point.items():
-            if name in AXES:
-                continue
-            slot = "{" + name + "}"
-            if not any(slot in (text or "") for text in texts.values()):
-                raise UnknownNameError(
-                    f"No axis {name!r}.{nearest(name, AXES)} Or let the prompts have {slot} in them, or give "
-                    "cell=, a function that makes each point's experiment."
-                )
-            texts = {key: text and text.replace(slot, str(value)) for key, text in texts.items()}
-        seed = point["seed"]
-        apart = None if known.source_seed is None else seed + known.source_seed - known.seed
-        chosen = None
-        if "step" in point:
-            if not -steps <= point["step"] < steps:
-                raise InputError(
-                    f"The runs have {steps} steps, counted from 0; {point['step']} is none of them."
-                )
-            chosen = window_of(point.get("window", self.window), point["step"] % steps, steps)
-        if "site" in point:
-            sites = point["site"] if isinstance(point["site"], tuple) else (point["site"],)
-            branch = point.get("branch", self.branch)
-            heads = point.get("heads")
-            some = heads if heads is None or isinstance(heads, tuple) else (heads,)
-            where = {"steps": chosen, "branch": branch, "heads": some, **_words(point.get("words"))}
-            patches: tuple[Any, ...] = tuple(PatchSpec(site=str(site), **where) for site in sites)
-        else:
-            late = {} if chosen is None else {"steps": chosen}
-            patches = tuple(each.model_copy(update=late) for each in known.interventions)
-        if not patches:
-            raise InputError("Nothing is patched: give an axis 'site', or an experiment with patches.")
-        update = {**texts, "seed": seed, "source_seed": apart, "interventions": patches}
-        return Experiment.model_validate(known.model_copy(update=update).model_dump())
+        return cell_of(self.experiment, point, window=self.window, branch=self.branch)
 
     def _index(self, labels: Mapping[str, Any]) -> int:
         for name in labels:
@@ -365,6 +344,8 @@ class Sweep:
             if name not in labels and len(values) > 1:
                 raise InputError(f"Say which {name}: one of {', '.join(map(str, values[:8]))}.")
             value = _hashable(labels.get(name, values[0]))
+            if name == "step" and self.cell is None and value not in values:
+                value = step_of(value, self.experiment.num_inference_steps or 0)
             if value not in values:
                 known = [str(each) for each in values]
                 raise UnknownNameError(f"The axis {name} has no {value!r}.{nearest(str(value), known)}")
@@ -390,15 +371,6 @@ def _axis(name: str, values: Iterable[Any]) -> tuple[Any, ...]:
 def _hashable(value: Any) -> Any:
     value = value.item() if isinstance(value, np.generic) else value
     return tuple(map(_hashable, value)) if isinstance(value, (list, tuple, range)) else value
-
-
-def _words(asked: str | tuple[str, ...] | None) -> dict[str, Any]:
-    """Return which words of the target are patched, from which of the source."""
-    if asked is None:
-        return {}
-    ways = [each.split("->") for each in ((asked,) if isinstance(asked, str) else asked)]
-    words, sources = (tuple(way[place].strip() for way in ways) for place in (-1, 0))
-    return {"words": words, "from_words": None if words == sources else sources}
 
 
 def _plain(value: Any) -> Any:
