@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from workbench.experiments.experiment import Experiment as Experiment
     from workbench.experiments.inversion import invert as invert
     from workbench.experiments.measure import metric as metric
+    from workbench.experiments.measured import RunMetric as RunMetric
     from workbench.experiments.sweep import Sweep as Sweep
     from workbench.experiments.text_lens import lens as lens
     from workbench.experiments.text_lens import padding_lens as padding_lens
@@ -68,6 +69,7 @@ _HOMES = {
     "Record": "workbench.tracing.record",
     "Replace": "workbench.interventions.replace",
     "Reweight": "workbench.interventions.attention",
+    "RunMetric": "workbench.experiments.measured",
     "Scale": "workbench.interventions.scale",
     "Steer": "workbench.interventions.steer",
     "Stream": "workbench.tracing.storage.stream",
@@ -107,6 +109,7 @@ __all__ = [
     "Record",
     "Replace",
     "Reweight",
+    "RunMetric",
     "Scale",
     "Steer",
     "Stream",

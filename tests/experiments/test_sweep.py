@@ -9,10 +9,11 @@ from tests.watching import as_bytes, forwards_of
 from workbench.errors import InputError, RunStopped, StoreError, UnknownNameError
 from workbench.experiments.experiment import Experiment
 from workbench.experiments.measure import metric
-from workbench.experiments.measured import RunMetric
+from workbench.experiments.measured import METRICS, RunMetric
 from workbench.experiments.metrics import towards
 from workbench.experiments.site_changes import PatchSpec
 from workbench.experiments.sweep import SEEDS, Sweep
+from workbench.interventions.control import RandomDirection
 from workbench.interventions.corrupt import Corrupt
 from workbench.interventions.patch import Patch
 from workbench.models.model import DiffusionModel
@@ -145,6 +146,109 @@ def test_pictures_that_are_equal_have_an_infinite_ratio_also_on_disk(model, tmp_
         assert "error" not in found
 
 
+def test_the_axes_of_an_experiments_own_patches_change_them():
+    own = PatchSpec(site=MIDDLE, branch="uncond", steps=(1,))
+    scaled = {"kind": "scale", "site": LATER, "factor": 0.5}
+    pair = PAIR.model_validate(
+        {**PAIR.model_dump(), "source": "a red circle", "interventions": [own, scaled]}
+    )
+    axes = {"step": [0, -1], "branch": ["cond", "all"], "heads": [1], "words": ["red -> blue"], "seed": [4]}
+    sweep = Sweep(pair, axes)
+    assert sweep.axes["step"] == (0, 2)
+    chosen = {"heads": (1,), "words": ("blue",), "from_words": ("red",)}
+    expected = PatchSpec(site=MIDDLE, steps=(2,), branch="all", **chosen)
+    for step in (2, -1):
+        cell = sweep.at(step=step, branch="all")
+        assert cell.interventions == (expected, pair.interventions[1])
+    assert len({each.model_dump_json() for each in sweep.cells}) == len(sweep.cells) == 4
+    alone = Experiment(source="a", target="b", num_inference_steps=3, interventions=[scaled])
+    assert [each.interventions[0].steps for each in Sweep(alone, {"step": [0, 2], "seed": [0]}).cells] == [
+        (0,),
+        (2,),
+    ]
+
+
+def test_a_swept_patch_stands_beside_the_experiments_own(model):
+    own = PatchSpec(site=MIDDLE, branch="cond")
+    pair = PAIR.model_copy(
+        update={"source": "a red circle", "num_inference_steps": 2, "interventions": (own,)}
+    )
+    axes = {"site": [LATER], "step": [1], "seed": [0]}
+    sweep = Sweep(pair, axes, metrics=["difference_latents"])
+    patch = PatchSpec(site=LATER, branch="cond", steps=(1,))
+    assert sweep.cells[0].interventions == (own, patch)
+    runs = {"seed": 0, "num_inference_steps": 2}
+    source = model.record("a red circle", capture=[MIDDLE, LATER], **runs)
+    kept, swept = own.bind(pair.runs(source, source)), patch.bind(pair.runs(source, source))
+    changes = [kept, RandomDirection.of(swept, seed=0)]
+    random = model.record("a blue square", interventions=changes, **runs)
+    target = model.record("a blue square", **runs)
+    found = sweep.run(model)
+    expected = METRICS["difference_latents"].of(random, source, target)
+    assert found.difference_latents_random.item() == pytest.approx(expected, rel=1e-4)
+    assert found.difference_latents_identity == 0
+    with pytest.raises(InputError, match=r"puts something new.*experiment\.plain"):
+        Sweep(pair, {"site": [MIDDLE], "step": [1]})
+
+
+def test_controls_of_words_and_of_other_sites(model):
+    site = f"{MIDDLE}.attentions.0.transformer_blocks.0.attn2.to_v"
+    words = ["red -> blue", "circle -> square", "red -> nowhere"]
+    found = small(axes={"site": [site], "step": [0], "words": words}, controls=True).run(model)
+    assert found.towards_latents_identity == 0
+    assert np.isfinite(found.towards_latents_random.sel(words=words[:2])).all()
+    assert "nowhere" in found.error_random.sel(words="red -> nowhere").item()
+    assert "error_identity" not in found
+    patch = {"kind": "patch", "site": MIDDLE, "from_step": 0, "branch": "cond"}
+    axes = {"site": [MIDDLE], "step": [0], "seed": [0]}
+    assert small(cell=holding(patch), axes=axes, controls=True).run(model).towards_latents_identity == 0
+
+
+def test_a_random_control_keeps_what_else_a_cell_changes(model):
+    patch = {"kind": "patch", "site": MIDDLE, "branch": "cond"}
+    same = {"kind": "patch", "site": LATER, "branch": "cond", "strength": 0.0}
+    scaled = {"kind": "scale", "site": "unet.conv_in", "factor": 0.0}
+    axes = {"site": [MIDDLE], "step": [0], "seed": [0]}
+    asked = {"axes": axes, "controls": True, "metrics": ["difference_latents"], "rows": 1}
+    scale = small(cell=holding(scaled), **asked).run(model)
+    assert not [name for name in scale if name.endswith(("_random", "_identity"))]
+    assert scale.difference_latents_floor > 0
+    both = small(cell=holding(scaled, same), **asked).run(model)
+    assert both.difference_latents_random.item() == pytest.approx(scale.difference_latents.item())
+    assert both.difference_latents_identity == 0
+    assert small(cell=holding(patch), **asked).run(model).difference_latents_random > 0
+
+
+def test_a_metric_that_raises_fails_its_cell_and_no_more(model, tmp_path):
+    def picky(run, source, target):
+        if len(run.spec.interventions) == 1 and not isinstance(run.spec.interventions[0], Patch):
+            raise KeyError("patch")
+        return 1.0
+
+    asked = {"metrics": [RunMetric("picky", picky, pictures=False), "towards_latents"], "rows": 1}
+    for _ in range(2):
+        found = small(controls=True, **asked).run(model, tmp_path)
+        assert (found.picky == 1).all()
+        assert np.isnan(found.picky_random).all()
+        assert np.isfinite(found.towards_latents_random).all()
+        assert found.error_random.values.ravel().tolist() == ["picky ended with KeyError: 'patch'"] * 4
+        assert "error" not in found
+
+
+def test_metrics_of_one_name_are_told_apart_by_another(model):
+    red, blue = (metric("colour", wanted=wanted) for wanted in ("red", "blue"))
+    with pytest.raises(InputError, match=r"wb\.RunMetric"):
+        small(metrics=[red, blue])
+    wide = metric(lambda image: image.width)
+    named = [RunMetric("red", red), RunMetric("wide", wide)]
+    assert named[0].code == "wb.RunMetric('red', wb.metric('colour', wanted='red'))"
+    assert named[1].code is None
+    sweep = small(metrics=[RunMetric("ratio", metric("psnr")), named[1]])
+    found = sweep.run(model)
+    assert (found.wide == 16).all()
+    assert np.isfinite(found.ratio).all()
+
+
 def test_several_seeds_are_the_default():
     sweep = Sweep(PAIR.model_copy(update={"seed": 7}), {"site": [MIDDLE], "colour": ["red"]})
     assert sweep.axes["seed"] == tuple(range(7, 7 + SEEDS))
@@ -183,6 +287,7 @@ def test_heads_are_an_axis(model):
     # The head that the layer has not is told, and the others are measured.
     assert np.isfinite(found.towards_latents).values.ravel().tolist() == [True, True, False]
     assert "9 is none of them" in str(found.error.sel(heads="9").item())
+    assert found.towards_latents_identity == 0
 
 
 def test_any_experiment_can_be_a_cell(model):
@@ -308,6 +413,10 @@ def test_without_xarray_the_extra_is_named(monkeypatch, model):
         ({"site": MIDDLE}, {}, InputError, "takes a list"),
         ({"site": [MIDDLE, MIDDLE]}, {}, InputError, "twice"),
         ({"step": [2]}, {}, InputError, "2 is none"),
+        ({"step": ["1"]}, {}, InputError, "'1' is none"),
+        ({"step": [1, -1]}, {}, InputError, "twice"),
+        ({"words": ["red -> green -> blue"]}, {}, InputError, "'red -> green -> blue'"),
+        ({"words": ["-> blue"]}, {}, InputError, "'-> blue'"),
         ({"layer": [MIDDLE]}, {}, UnknownNameError, "No axis 'layer'"),
         ({}, {"window": "quater"}, UnknownNameError, "Did you mean 'quarter'"),
         ({}, {"metrics": ["toward"]}, UnknownNameError, "Did you mean 'towards'"),
@@ -322,6 +431,24 @@ def test_what_is_no_sweep_is_refused_before_anything_runs(axes, asked, error, sa
         small(axes=axes, **asked)
 
 
+@pytest.mark.parametrize(
+    ("change", "axes", "asked", "said"),
+    [
+        ({"kind": "patch"}, {"window": ["1", "half"]}, {}, "an axis 'step'"),
+        ({"kind": "patch"}, {}, {"window": "half"}, "an axis 'step'"),
+        ({"kind": "patch"}, {}, {"branch": "all"}, "an axis 'branch'"),
+        ({"kind": "patch", "tokens": [0]}, {"words": ["red"]}, {}, "both choose places"),
+        ({"kind": "scale", "factor": 2.0}, {"words": ["red -> blue"]}, {}, "scale takes nothing"),
+        ({"kind": "reweight", "words": {"blue": 2.0}}, {"words": ["red"]}, {}, "reweight chooses none"),
+    ],
+)
+def test_an_axis_that_would_change_no_cell_is_refused(change, axes, asked, said):
+    pair = {"source": "a red circle", "target": "a blue square", "num_inference_steps": 3}
+    experiment = Experiment(**pair, interventions=[{"site": MIDDLE, **change}])
+    with pytest.raises(InputError, match=said):
+        Sweep(experiment, axes, **asked)
+
+
 def test_a_sweep_names_its_steps():
     with pytest.raises(InputError, match="num_inference_steps=20"):
         Sweep(Experiment(source="a", target="b"), {"site": [MIDDLE]})
@@ -331,7 +458,7 @@ def test_a_point_that_is_none_is_named():
     sweep = small()
     with pytest.raises(UnknownNameError, match="no axis 'layer'"):
         sweep.at(layer=3)
-    with pytest.raises(UnknownNameError, match="The axis step has no 7"):
+    with pytest.raises(InputError, match="counted from 0; 7 is none"):
         sweep.at(site=MIDDLE, step=7)
     with pytest.raises(InputError, match="Say which site"):
         sweep.at(step=1)

@@ -11,6 +11,7 @@ import torch
 
 from workbench.errors import UnknownNameError, nearest
 from workbench.experiments import measure
+from workbench.experiments.measure import PICTURES
 from workbench.experiments.metrics import difference, towards
 from workbench.tracing.record import Record
 
@@ -21,13 +22,22 @@ class RunMetric:
 
     Attributes:
         name: what it is called in a sweep.
-        of: called with the records of the run, the source and the target; returns a number.
+        of: called with the records of the run, the source and the target; returns a number. Or a metric of
+            pictures, which `wb.metric` made.
         pictures: whether it looks at pictures; without, none need be decoded.
+
+    Example:
+        >>> [RunMetric(each, wb.metric("colour", wanted=each)) for each in ("red", "blue")]
     """
 
     name: str
-    of: Callable[[Record, Record, Record], float]
+    of: Callable[..., float]
     pictures: bool = True
+
+    def __post_init__(self) -> None:
+        """Take a metric of pictures as one of the runs that they are of."""
+        if isinstance(self.of, measure.Metric):
+            object.__setattr__(self, "of", _Pictured(self.of))
 
     @property
     def code(self) -> str | None:
@@ -36,15 +46,32 @@ class RunMetric:
             return repr(self.name)
         if not isinstance(self.of, _Pictured) or self.of.metric.own is not None:
             return None
-        given = [f"{name}={value!r}" for name, value in self.of.metric.arguments.items()]
-        return f"wb.metric({', '.join([repr(self.of.metric.name), *given])})" if given else repr(self.name)
+        own = self.of.metric
+        given = [f"{name}={value!r}" for name, value in own.arguments.items()]
+        made = f"wb.metric({', '.join([repr(own.name), *given])})"
+        if self.name != own.name:
+            return f"wb.RunMetric({self.name!r}, {made})"
+        return made if given else repr(self.name)
+
+    @property
+    def pictured(self) -> tuple[str, tuple[str, ...]] | None:
+        """The name of the metric of pictures that it is, as `wb.metric` knows it, and which it looks at.
+
+        None of what is none, has further arguments or is a function of one's own.
+        """
+        if self is METRICS.get(self.name):
+            return {"towards": ("towards", PICTURES), "difference": ("pixel", PICTURES[:1])}.get(self.name)
+        if not isinstance(self.of, _Pictured) or self.of.metric.own is not None:
+            return None
+        own = self.of.metric
+        return None if set(own.arguments) - {"to"} else (own.name, own.needs)
 
     @property
     def definition(self) -> str:
         """What it measures, as text: its code, or the source of a function and what that is given."""
         if self.code is not None:
             return self.code
-        own, given = (self.of, {}) if not isinstance(self.of, _Pictured) else self.of.own
+        own, given = self.of.own if isinstance(self.of, _Pictured) else (self.of, {})
         try:
             text = inspect.getsource(own)
         except (OSError, TypeError):

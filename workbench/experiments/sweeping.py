@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from workbench.errors import BusyError, RunStopped, WorkbenchError
+from workbench.errors import BusyError, InputError, RunStopped, WorkbenchError
 from workbench.experiments.change import Runs
 from workbench.experiments.experiment import Experiment
 from workbench.experiments.kept import Kept
-from workbench.experiments.site_changes import ModuleSpec
+from workbench.experiments.site_changes import ModuleSpec, PatchSpec
 from workbench.experiments.sweepplan import CELL, FLOOR, IDENTITY, RANDOM, Trial, pairs_of, plan
 from workbench.experiments.sweepstore import Batch, Result, SweepStore
 from workbench.experiments.together import fork_rows, goes_together
@@ -36,6 +36,9 @@ _SHARE_OF_MEMORY = 0.25
 
 _AHEAD = 64
 """How many batches ahead activations are captured along, where there is room."""
+
+_SAME_PLACE = {"from_site": None, "from_step": None, "from_tokens": None, "from_words": None}
+"""What a patch says that takes from the place it goes to."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,7 @@ class Sweeper:
         self._pairs: dict[int, Pair] = {}
         self._together: bool | None = None
         self._done = self._failed = 0
+        self._refused: set[int] = set()
         self._pictures = any(each.pictures for each in sweep.metrics)
 
     def run(self, store: SweepStore | None) -> list[Result]:
@@ -246,8 +250,12 @@ class Sweeper:
         runs = pair.runs(self._allow_code)
         changes = self.sweep.changes_of(trial.cell, pair.source.record, pair.target, runs=runs)
         if trial.kind == RANDOM:
-            patches = [each for each in changes if isinstance(each, Patch)]
-            changes = [RandomDirection.of(each, seed=trial.cell) for each in patches]
+            beside = self.sweep.beside(pair.target.ledger.steps)
+            swept = [
+                RandomDirection.of(each, seed=trial.cell) if isinstance(each, Patch) else each
+                for each in changes[beside:]
+            ]
+            changes = [*changes[:beside], *swept]
         return [*pair.own, *changes]
 
     def _sites(self, cell: int) -> tuple[str, ...]:
@@ -257,15 +265,26 @@ class Sweeper:
         return self._pair_of[cell] in self._pairs
 
     def _identity(self, pair: Pair, first: int) -> list[Intervention]:
-        """Return a pair's patches from the target's own run, of as many sites as can be held."""
-        number = self._pair_of[first]
-        cells = [cell for cell, of in enumerate(self._pair_of) if of == number]
-        sites = list(dict.fromkeys(site for cell in cells for site in self._sites(cell)))
+        """Return a pair's patches from the same place of the target's own run, of as many sites as fit.
+
+        Raises:
+            InputError: all its cells were refused, so that nothing could be wrong with any.
+        """
+        number, steps = self._pair_of[first], pair.target.ledger.steps
+        patches = dict.fromkeys(
+            each.model_copy(update=_SAME_PLACE)
+            for cell, of in enumerate(self._pair_of)
+            if of == number and cell not in self._refused
+            for each in self.sweep.cells[cell].acting(steps)
+            if isinstance(each, PatchSpec)
+        )
+        if not patches:
+            raise InputError("Every cell with a patch was refused, and there is none to try.")
+        sites = list(dict.fromkeys(each.site for each in patches))
         pair.itself.holding(sites[:1])
         held = pair.itself.holding(sites[: pair.itself.room])
-        fitting = [cell for cell in cells if set(self._sites(cell)) <= set(held.captured)]
-        changes = [each for cell in fitting for each in self.sweep.changes_of(cell, held, pair.target)]
-        return [each for each in changes if isinstance(each, Patch)]
+        runs = pair.experiment.runs(held, pair.target)
+        return [each.bind(runs) for each in patches if each.site in held.captured]
 
     def _other_seed(self, pair: Pair) -> int:
         """Return the next seed of the sweep, or the first that it has not."""
@@ -277,22 +296,28 @@ class Sweeper:
 
     def _result(self, trial: Trial, record: Record) -> Result:
         pair = self._pair(trial.cell)
-        values = {
-            each.name: float(each.of(record, pair.source.record, pair.target)) for each in self.sweep.metrics
-        }
-        wrong = [name for name, value in values.items() if math.isnan(value)]
-        return Result(
-            kind=trial.kind,
-            cell=trial.cell,
-            values={name: None if name in wrong else value for name, value in values.items()},
-            error=f"{', '.join(wrong)} is not a number" if wrong else None,
-        )
+        values: dict[str, float | None] = {}
+        wrong = []
+        for each in self.sweep.metrics:
+            try:
+                value = float(each.of(record, pair.source.record, pair.target))
+            except (RunStopped, BusyError):
+                raise
+            except Exception as error:  # noqa: BLE001 (a metric may be anyone's function)
+                wrong.append(f"{each.name} ended with {type(error).__name__}: {error}")
+                value = math.nan
+            else:
+                wrong += [f"{each.name} is not a number"] if math.isnan(value) else []
+            values[each.name] = None if math.isnan(value) else value
+        return Result(kind=trial.kind, cell=trial.cell, values=values, error="; ".join(wrong) or None)
 
     def _note(self, found: list[Result], results: Sequence[Result]) -> None:
         """Add results to those that were found, and tell how far the sweep is."""
         found += results
         cells = [each for each in results if each.kind == CELL]
         self._done += len(cells)
-        self._failed += sum(each.error is not None for each in cells)
+        failed = {each.cell for each in cells if each.error is not None}
+        self._refused |= failed
+        self._failed += len(failed)
         if self._progress is not None:
             self._progress(Progress(self._done, len(self.sweep.cells), self._failed))

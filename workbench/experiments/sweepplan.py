@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from workbench.experiments.experiment import Experiment
 from workbench.experiments.site_changes import PatchSpec
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from workbench.experiments.sweep import Sweep
 
 CELL, RANDOM, IDENTITY, FLOOR = "cell", "random", "identity", "floor"
+
+PLAN = 2
+"""The version of the plan and its controls: a folder that was filled by another is not gone on with."""
 
 
 @dataclass(frozen=True)
@@ -57,27 +60,32 @@ def plan(sweep: Sweep) -> list[Wave]:
     assert steps is not None
     first = [each.first_step(steps) for each in sweep.cells]
     kinds = (CELL, RANDOM) if sweep.controls else (CELL,)
+    beside = sweep.beside(steps)
+    patched = {cell for cell, each in enumerate(sweep.cells) if _patches(each.acting(steps)[beside:])}
     waves, number = [], 0
     for pairs in _waves(by_pair, first, sweep.rows // len(kinds)):
         stretches: list[tuple[int, int, tuple[Trial, ...]]] = []
         by_step: dict[int, list[Trial]] = defaultdict(list)
         for cell in (cell for pair in pairs for cell in by_pair[pair]):
-            by_step[first[cell]] += [
-                Trial(kind, cell) for kind in kinds if kind == CELL or _has_patch(sweep, cell)
-            ]
+            by_step[first[cell]] += [Trial(kind, cell) for kind in kinds if kind == CELL or cell in patched]
         for step, trials in by_step.items():
             cut = evenly(trials, sweep.rows)
             stretches += [(place, step, tuple(batch)) for place, batch in enumerate(cut)]
         batches = [batch for *_, batch in sorted(stretches, key=lambda each: each[:2])]
         if sweep.controls:
-            batches += [(Trial(kind, by_pair[pair][0]),) for pair in pairs for kind in (IDENTITY, FLOOR)]
+            batches += [
+                (Trial(kind, by_pair[pair][0]),)
+                for pair in pairs
+                for kind in (IDENTITY, FLOOR)
+                if kind == FLOOR or any(_patches(sweep.cells[cell].acting(steps)) for cell in by_pair[pair])
+            ]
         waves.append(Wave(tuple(pairs), tuple(enumerate(batches, number))))
         number += len(batches)
     return waves
 
 
-def _has_patch(sweep: Sweep, cell: int) -> bool:
-    return any(isinstance(each, PatchSpec) for each in sweep.cells[cell].interventions)
+def _patches(changes: Sequence[Any]) -> bool:
+    return any(isinstance(each, PatchSpec) for each in changes)
 
 
 def _waves(by_pair: dict[int, list[int]], first: Sequence[int], rows: int) -> Iterator[list[int]]:
