@@ -16,6 +16,7 @@ from PIL import Image
 from workbench.errors import InputError, UnknownNameError
 from workbench.experiments.experiment import Experiment
 from workbench.experiments.measure import metric
+from workbench.experiments.measured import RunMetric
 from workbench.experiments.sweep import Sweep
 from workbench.interventions.corrupt import Corrupt
 from workbench.models.model import DiffusionModel
@@ -109,12 +110,37 @@ def test_workbench_script_is_the_sweep(model, tmp_path):
     assert (tmp_path / "sweep.csv").is_file()
 
 
+def test_standalone_script_measures_what_the_sweep_does(model, tmp_path):
+    asked = ["pixel", RunMetric("ratio", metric("psnr", to="source")), "ssim", "towards"]
+    axes = {"site": ["unet.mid_block"], "step": [1], "colour": ["red"], "seed": [3]}
+    sweep = Sweep(PAIR, axes, metrics=asked, controls=False)
+    sweep.export(tmp_path / "script.py", model=model)
+    run(tmp_path, "script.py", "--out", tmp_path / "cells", workbench=False)
+    with (tmp_path / "cells" / "cells.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert list(row) == ["site", "step", "colour", "seed", "pixel", "ratio", "ssim", "towards", "image"]
+    (result,) = sweep.measure(model)
+    for name, value in result.values.items():
+        assert float(row[name]) == pytest.approx(value, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["a.py", "b.ipynb", "c.py"])
+def test_a_sweeps_script_opens_again_as_its_experiment(model, tmp_path, name):
+    axes = {"site": ["unet.mid_block"], "step": [1], "colour": ["red"], "seed": [3]}
+    kind = "workbench" if name == "c.py" else "standalone"
+    PAIR.sweep(axes).export(tmp_path / name, kind, model=model)
+    assert Experiment.load(tmp_path / name) == PAIR
+
+
 def test_what_a_script_cannot_do_is_refused_by_name(model, tmp_path):
     axes = {"site": ["unet.mid_block"], "step": [1], "seed": [1], "colour": ["red"]}
     with pytest.raises(InputError, match="samples"):
         PAIR.sweep(axes, corrupt=[Corrupt(samples=0)]).export(tmp_path / "x.py", model=model)
     with pytest.raises(InputError, match="functions"):
         PAIR.sweep(axes, metrics=[lambda *_: 0.0]).export(tmp_path / "x.py", "workbench")
+    measured = ["towards_latents", metric("shape", wanted="circle"), "ssim"]
+    with pytest.raises(InputError, match="towards_latents, shape: with metrics= choose"):
+        PAIR.sweep(axes, metrics=measured).export(tmp_path / "x.py", model=model)
     with pytest.raises(UnknownNameError, match="standalone"):
         PAIR.sweep(axes).export(tmp_path / "x.py", "alone")
     with pytest.raises(InputError, match="ipynb"):

@@ -255,24 +255,54 @@ def taken(change, run, given, value):
     return found.expand_as(value).to(value)
 '''
 
-SWEEP = '''
+PIXELS = '''
 def pixels(image):
     """Return a picture as numbers from 0 to 1."""
     return torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8).double() / 255
+'''
 
-
+MEASURES = {
+    "towards": '''
 def towards(image, target, source):
     """Return how far a picture went from the target's to the source's: 0 is the one, 1 the other."""
     way = pixels(source) - pixels(target)
     length = (way**2).sum().item()
     return ((pixels(image) - pixels(target)) * way).sum().item() / length if length else 0.0
+''',
+    "difference": '''
+def difference(image, other):
+    """Return the mean absolute difference of two pictures' pixels."""
+    return (pixels(image) - pixels(other)).abs().mean().item()
+''',
+    "psnr": '''
+def psnr(image, other):
+    """Return the peak signal-to-noise ratio of two pictures in decibels."""
+    error = ((pixels(image) - pixels(other)) ** 2).mean()
+    return (-10 * error.log10()).item()
+''',
+    "ssim": '''
+def ssim(image, other):
+    """Return the structural similarity of two pictures: Gaussian windows of 11 pixels, deviation 1.5."""
+    window = torch.exp(-(torch.arange(-5.0, 6.0).double() ** 2) / (2 * 1.5**2))
+    window = (window / window.sum()).outer(window / window.sum())[None, None]
+    shape = (image.height, image.width, 3)
+    one, two = (pixels(each).reshape(shape).movedim(2, 0)[:, None] for each in (image, other))
+    mean, others, square, others_square, product = (
+        torch.nn.functional.conv2d(each, window) for each in (one, two, one**2, two**2, one * two)
+    )
+    alike = (2 * mean * others + 0.01**2) * (2 * (product - mean * others) + 0.03**2)
+    apart = square - mean**2 + others_square - others**2 + 0.03**2
+    return (alike / ((mean**2 + others**2 + 0.01**2) * apart)).mean().item()
+''',
+}
+"""How a script measures the picture of a cell, beside the pictures of its runs."""
 
-
+SWEEP = """
 out = pathlib.Path(options.out)
 out.mkdir(parents=True, exist_ok=True)
 with (out / "cells.csv").open("w", newline="") as file:
     table = csv.writer(file)
-    table.writerow([*AXES, "towards", "difference", "image"])
+    table.writerow([*AXES, *MEASURED, "image"])
     for number, pair in enumerate(PAIRS):
         kept.clear()
         target = run(pair["target"])
@@ -287,10 +317,11 @@ with (out / "cells.csv").open("w", newline="") as file:
                 name = f"{place:05}.png"
                 image = run(pair["target"], changes=[CHANGES[each] for each in (*CORRUPT, *changed)]).image
                 image.save(out / name)
-                apart = (pixels(image) - pixels(target.image)).abs().mean().item()
-                table.writerow([*labels, towards(image, target.image, source.image), apart, name])
+                pictures = {"target": target.image, "source": source.image}
+                found = [of(image, *map(pictures.get, needs)) for of, *needs in MEASURED.values()]
+                table.writerow([*labels, *found, name])
                 file.flush()
-'''
+"""
 
 KINDS = {
     "patch": '''

@@ -80,8 +80,8 @@ def standalone_sweep_code(
 ) -> str:
     """Return a sweep as a script that needs diffusers and torch alone.
 
-    Each cell is a run of its own, whose image the script saves, beside a table of how far it went towards
-    the source. Of controls it has none.
+    Each cell is a run of its own, whose image the script saves, beside a table of what is measured of it. Of
+    controls it has none.
 
     Args:
         sweep: what to write.
@@ -89,8 +89,10 @@ def standalone_sweep_code(
         allow_code: whether the script may import what cells name as modules of one's own.
 
     Raises:
-        InputError: the model was built in memory, or something is changed that plain hooks do not reach.
+        InputError: the model was built in memory, something is changed that plain hooks do not reach, or a
+            metric is asked for that takes more than a few lines.
     """
+    measured = _measured(sweep)
     if any(cell.settings() != sweep.experiment.settings() for cell in sweep.cells):
         raise InputError(
             "The cells of a standalone script have one guidance and the same arguments. Export the sweep on "
@@ -138,9 +140,30 @@ def _standalone(sweep: Sweep, opened: DiffusionModel, allow_code: bool) -> str:
         machine.MANY_IMAGES,
         opening_code(opened),
         *machine_code(changes),
+        machine.PIXELS,
+        *measured,
         machine.SWEEP,
     ]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def _measured(sweep: Sweep) -> list[str]:
+    """Return the functions that measure a cell's picture, and which pictures each is given.
+
+    Raises:
+        InputError: there is none for a metric.
+    """
+    found = {each.name: each.pictured for each in sweep.metrics}
+    named = {"pixel": "difference", **{name: name for name in machine.MEASURES}}
+    if foreign := [name for name, known in found.items() if known is None or known[0] not in named]:
+        raise InputError(
+            f"A standalone script does not compute {', '.join(foreign)}: with metrics= choose among "
+            f"{', '.join(map(repr, machine.MEASURES))}, or export the sweep on the workbench."
+        )
+    used = {name: (named[known[0]], known[1]) for name, known in found.items() if known is not None}
+    functions = dict.fromkeys(name for name, _ in used.values())
+    lines = [f"    {name!r}: ({of}, {', '.join(map(repr, needs))})," for name, (of, needs) in used.items()]
+    return [*(machine.MEASURES[name] for name in functions), "\n".join(["MEASURED = {", *lines, "}"])]
 
 
 def _planner(
