@@ -199,6 +199,72 @@ def test_a_sweep_writes_its_map_and_says_where_it_is_highest(capsys, pipeline, t
     assert (tmp_path / "map" / "map.csv").read_text().splitlines() == rows
 
 
+def test_a_sweep_has_axes_and_metrics_with_arguments_and_is_exported(capsys, pipeline, tmp_path):
+    file = small(pipeline).save(tmp_path / "experiment.json")
+    site = "unet.mid_block.attentions.0.transformer_blocks.0.attn2"
+    words = ("--site", f"{site}.to_v", "--words", "red -> blue", "--words", "red -> blue + square -> circle")
+    asked = ("--step", 1, "--branch", "cond", "--branch", "all", "--seeds", 1)
+    measured = ("--metric", "pixel", "--metric", "pixel:source")
+    status, said, _ = command(capsys, "sweep", file, "--out", tmp_path / "map", *words, *asked, *measured)
+    assert status == 0
+    assert "1 sites × 1 steps × 2 branches × 2 words × 1 seeds" in said
+    assert "words red -> blue" in said
+    header, *rows = (tmp_path / "map" / "map.csv").read_text().splitlines()
+    assert {"words", "branch", "pixel", "pixel:source"} <= set(header.split(","))
+    assert len(rows) == 4
+    heads = ("--site", f"{site}:heads", "--heads", 0, "--heads", "0+1", *asked)
+    for name, kind, both in (("a.py", "--standalone", "'0 + 1'"), ("b.py", "--workbench", "(0, 1)")):
+        status, said, _ = command(capsys, "sweep", file, "--script", tmp_path / name, kind, *heads)
+        assert (status, said.strip()) == (0, str(tmp_path / name))
+        assert both in (tmp_path / name).read_text()
+        assert wb.Experiment.load(tmp_path / name).target == "a blue circle"
+    for wrong, told in (
+        (("--heads", "x"), "--heads 'x'"),
+        (("--metric", "towards:x"), "towards takes nothing"),
+        (("--metric", "colour:wanted=red,size=3"), "takes wanted=…, shape=…"),
+        ((), "--out FOLDER"),
+    ):
+        to = ("--out", tmp_path / "no") if wrong else ()
+        status, _, said = command(capsys, "sweep", file, *to, "--site", site, *wrong)
+        assert status == 2
+        assert told in said
+
+
+def test_a_sweep_counts_its_failures_and_fails_if_all_did(capsys, pipeline, tmp_path):
+    file = small(pipeline).save(tmp_path / "experiment.json")
+    site = ("--site", "unet.mid_block.attentions.0.transformer_blocks.0.attn2:heads", "--step", 1)
+    asked = ("--out", tmp_path / "some", *site, "--heads", 0, "--heads", 9, "--seeds", 2)
+    status, said, _ = command(capsys, "sweep", file, *asked)
+    assert status == 0
+    assert "2 of 4 cells failed, the first with: " in said
+    assert "2 of 4 random controls failed" in said
+    assert "nan" not in said
+    asked = ("--out", tmp_path / "all", *site, "--heads", 9, "--seeds", 2)
+    status, said, wrong = command(capsys, "sweep", file, *asked)
+    assert status == 1
+    assert "All 2 cells failed, the first with: " in wrong
+    assert "nan" not in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [({"clip_skip": 99}, "IndexError"), ({"cross_attention_kwargs": 5}, "AttributeError")],
+)
+def test_what_a_pipeline_raises_is_one_line_and_status_1(capsys, pipeline, tmp_path, arguments, told):
+    file = small(pipeline, arguments=arguments, interventions=[PATCH]).save(tmp_path / "experiment.json")
+    for name, *further in (
+        ("run", "--out", tmp_path / "out"),
+        ("sweep", "--out", tmp_path / "out"),
+        ("sweep", "--out", tmp_path / "out", "--site", "unet.mid_block"),
+        ("export", "--out", tmp_path / "a.py"),
+    ):
+        status, _, wrong = command(capsys, name, file, *further)
+        assert status == 1
+        last = wrong.splitlines()[-1]
+        assert last.startswith("workbench: The ")
+        assert f" ended with {told}: " in last
+
+
 def test_models_are_listed_and_the_components_of_one(capsys):
     status, said, _ = command(capsys, "models")
     assert status == 0

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 import workbench as wb
+from workbench.cli.failing import FailedError
 from workbench.errors import WorkbenchError
 from workbench.experiments.windows import WINDOWS
 
@@ -122,7 +123,10 @@ def run(
 @app.command()
 def sweep(
     experiment: ExperimentFile,
-    out: Out,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FOLDER", help="Folder for the map; a sweep begun there goes on."),
+    ] = None,
     site: Annotated[
         list[str] | None,
         typer.Option(
@@ -134,6 +138,25 @@ def sweep(
     step: Annotated[
         list[int] | None, typer.Option("--step", help="A step; may be repeated. All if not given.")
     ] = None,
+    words: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--words",
+            help="A word of both prompts, or 'red -> blue', the source's red where the target has blue; "
+            "several at once are joined by +; may be repeated. For --site of layers that text passes.",
+        ),
+    ] = None,
+    heads: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--heads",
+            help="A head, or several at once (0+1), of sites such as …attn2:heads; may be repeated.",
+        ),
+    ] = None,
+    branch: Annotated[
+        list[str] | None,
+        typer.Option("--branch", help="A guidance branch, cond if none is given; may be repeated."),
+    ] = None,
     window: Annotated[
         str, typer.Option("--window", help=f"Which steps a cell covers: {', '.join(WINDOWS)}.")
     ] = "1",
@@ -144,14 +167,27 @@ def sweep(
         list[str] | None,
         typer.Option(
             "--metric",
-            help="What is measured, such as towards (if none is given), difference, ssim; may be repeated.",
+            help="What is measured, such as towards (if none is given), difference, ssim, colour:red, "
+            "ssim:to=source; may be repeated.",
         ),
     ] = None,
+    script: Annotated[
+        Path | None,
+        typer.Option(
+            "--script", metavar="FILE", help="Write the sweep as a .py or .ipynb file; runs it if --out says."
+        ),
+    ] = None,
+    standalone: Annotated[
+        bool,
+        typer.Option(
+            "--standalone/--workbench", help="The script: on diffusers and torch alone, or on this package."
+        ),
+    ] = True,
 ) -> None:
     """Patch every site at every step, each beside a random direction, and write the map.
 
     Source and target are the experiment's; what it changes itself is left out. Killed, a sweep goes on
-    where it was.
+    where it was. Cells that failed are counted; where all did, the exit status is 1.
 
     Example: workbench sweep experiment.json --out map --site unet.mid_block --seeds 2
     """
@@ -161,8 +197,10 @@ def sweep(
         typer.echo(f"{told.done} of {told.total} cells", err=True)
 
     opened = wb.Experiment.load(experiment)
-    asked = {"sites": site, "steps": step, "window": window, "seeds": seeds, "metrics": metric}
-    for line in survey(opened, out, progress=tell, **asked):  # type: ignore[arg-type]
+    axes = {"site": site, "step": step, "branch": branch, "heads": heads, "words": words}
+    asked = {"axes": axes, "window": window, "seeds": seeds, "metrics": metric}
+    written = {"script": script, "standalone": standalone}
+    for line in survey(opened, out, progress=tell, **asked, **written):  # type: ignore[arg-type]
         typer.echo(line)
 
 
@@ -215,12 +253,15 @@ def info(folder: Folder) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; an error of ours is one line, and exit status 2."""
+    """Run the command line; an error is one line, with exit status 2 of what was asked, 1 of a run."""
     try:
         app(arguments, prog_name="workbench")
     except WorkbenchError as error:
         typer.echo(f"workbench: {' '.join(str(error).split())}", err=True)
         sys.exit(2)
+    except FailedError as error:
+        typer.echo(f"workbench: {' '.join(str(error).split())}", err=True)
+        sys.exit(1)
     except OSError as error:
         typer.echo(f"workbench: {error}", err=True)
         sys.exit(2)

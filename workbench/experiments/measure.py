@@ -134,6 +134,23 @@ def names() -> tuple[str, ...]:
     return tuple(sorted((*ALONE, *COMPARING, *BETWEEN)))
 
 
+def arguments_of(name: str) -> tuple[str, ...]:
+    """Return what a metric takes beside pictures, in its order.
+
+    Raises:
+        UnknownNameError: no such metric.
+    """
+    if name not in names():
+        raise UnknownNameError(f"No metric {name!r}.{nearest(name, names())}")
+    pictures = 1 if name in ALONE else 2 if name in COMPARING else 3
+    own = [each.name for each in _own_parameters((ALONE | COMPARING | BETWEEN)[name], pictures)]
+    return (*own, *(["to"] if name in COMPARING else []))
+
+
+def _own_parameters(function: Callable[..., float], pictures: int) -> list[inspect.Parameter]:
+    return list(inspect.signature(function).parameters.values())[pictures:]
+
+
 def _by_name(function: Callable[..., float], needs: tuple[str, ...], image: Any, *others: Any) -> float:
     return function(image, **dict(zip(needs, others, strict=True)))
 
@@ -141,9 +158,8 @@ def _by_name(function: Callable[..., float], needs: tuple[str, ...], image: Any,
 def _check_arguments(
     name: str, function: Callable[..., float], pictures: int, given: Mapping[str, Any]
 ) -> None:
-    own = list(inspect.signature(function).parameters.values())[pictures:]
+    own = _own_parameters(function, pictures)
     needed = [each.name for each in own if each.default is inspect.Parameter.empty]
     if set(given) - {each.name for each in own} or set(needed) - set(given):
-        known = [each.name for each in own] + (["to"] if name in COMPARING else [])
-        takes = ", ".join(f"{each}=…" for each in known) or "nothing else"
+        takes = ", ".join(f"{each}=…" for each in arguments_of(name)) or "nothing else"
         raise InputError(f"metric({name!r}) takes {takes}, and was given {', '.join(given) or 'nothing'}.")
