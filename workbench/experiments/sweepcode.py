@@ -101,10 +101,10 @@ def standalone_sweep_code(
     opened = sweep.experiment.open() if model is None else model
     sweep.experiment.check_weights(opened)
     with sampling(opened, sweep.experiment.scheduler):
-        return _standalone(sweep, opened, allow_code)
+        return _standalone(sweep, opened, measured, allow_code)
 
 
-def _standalone(sweep: Sweep, opened: DiffusionModel, allow_code: bool) -> str:
+def _standalone(sweep: Sweep, opened: DiffusionModel, measured: list[str], allow_code: bool) -> str:
     """Return the script of a sweep on a model that has its scheduler."""
     changes: list[dict[str, Any]] = []
     cells: list[tuple[Any, ...]] = []
