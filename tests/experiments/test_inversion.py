@@ -105,4 +105,4 @@ def test_an_experiment_on_a_picture(model, tmp_path):
     with pytest.raises(InputError, match="format='workbench'"):
         experiment.export(tmp_path / "x.py", model=model)
     with pytest.raises(InputError, match="picture"):
-        experiment.sweep({"site": ["unet.mid_block"], "step": [0]})
+        experiment.plain().sweep({"site": ["unet.mid_block"], "step": [0]})
