@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeGuard
@@ -21,8 +21,9 @@ from workbench.tracing.reads import ReadTensor, plain, read
 from workbench.tracing.record import Record
 from workbench.tracing.rig import Method, Owned, Rig, Target
 from workbench.tracing.session import Session
-from workbench.tracing.sites import TICK, Site, resolve, resolve_all
+from workbench.tracing.sites import Site, resolve, resolve_all
 from workbench.tracing.structure import Leaf, check_fit, describe, pick, put
+from workbench.tracing.values import RunValues
 from workbench.tracing.walk import Steps
 
 
@@ -35,7 +36,7 @@ class Pause:
     value: Any = None
 
 
-class Trace:
+class Trace(RunValues):
     """A run in a ``with`` block.
 
     Reading a site lets the pipeline go on until the value passes, and no further; what is not asked
@@ -117,53 +118,6 @@ class Trace:
     iter = steps
 
     @property
-    def latents(self) -> Any:
-        """In the block: the latents the next tick leaves, ``(batch, channels, ...)``; after it: of all ticks.
-
-        That is what the step leaves, but where a step has two ticks (Heun, KDPM2): there go by `ticks`.
-        """
-        return self._run_value("latents")
-
-    @latents.setter
-    def latents(self, new: Any) -> None:
-        self.replace(Site.parse("latents"), new)
-
-    @property
-    def noise_pred(self) -> Any:
-        """In the block: the guided prediction handed over in the next tick; after it: of all ticks.
-
-        Where a step has two ticks, go by `ticks` for both.
-        """
-        return self._run_value("noise_pred")
-
-    @noise_pred.setter
-    def noise_pred(self, new: Any) -> None:
-        self.replace(Site.parse("noise_pred"), new)
-
-    @property
-    def pred_x0(self) -> Any:
-        """In the block: the clean sample predicted in the next tick, float32; after it: of all ticks.
-
-        Where a step has two ticks, go by `ticks` for both.
-        """
-        return self._run_value("pred_x0")
-
-    @pred_x0.setter
-    def pred_x0(self, new: Any) -> None:
-        inputs = Site(TICK, "inputs")
-        args, kwargs = plain(self.value(inputs))
-        old, wanted, prediction = self._session.clock.predict(args, kwargs), plain(new), None
-        if old is not None:
-            check_fit(old, wanted, site="pred_x0")
-            leaf, prediction = self._session.clock.handing(args, kwargs, wanted)
-        if prediction is None:
-            raise InputError(
-                f"In {self._spot()} no prediction gives another pred_x0: the scheduler's convention is not "
-                "known, or there is no noise left. Replace run.noise_pred or run.latents."
-            )
-        self.replace(replace(inputs, leaf=leaf), prediction)
-
-    @property
     def sigma(self) -> float | None:
         """The noise level of the call the run is at, in the scheduler's own convention."""
         row = self._pause.row if self._pause is not None else None
@@ -205,19 +159,6 @@ class Trace:
         if not self.ended and name not in ("ledger", "captured", "spec"):
             raise TraceError(f"run.{name} is there after the block has ended; the run is still going on.")
         return getattr(self._session.record, name)
-
-    def _run_value(self, name: str) -> Any:
-        if self.ended:
-            return getattr(self.record, name)
-        try:
-            if name != "pred_x0":
-                return self.value(Site.parse(name))
-            args, kwargs = plain(self.value(Site(TICK, "inputs")))
-            return self._session.clock.predict(args, kwargs)
-        except AttributeError as error:
-            # Python drops one that a property raises and asks `__getattr__`, which raises it.
-            self._failed = error
-            raise
 
     def value(self, site: Site) -> Any:
         """Return the value at ``site``, letting the pipeline run up to it."""
