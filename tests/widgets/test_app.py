@@ -11,6 +11,7 @@ from io import BytesIO
 
 import numpy as np
 import pytest
+from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
 from tests import tiny
@@ -411,6 +412,27 @@ def test_what_was_exported_opens_again(tmp_path, kind):
             assert bench.experiment == experiment
             assert bench.map.selected == ([bench.map.sites.index(SITE), 0] if kind == "a cell" else [])
             assert (bench.controls.seed, bench.controls.guidance) == (7, 3.0)
+
+
+def test_an_experiments_scheduler_is_the_apps_for_as_long_as_it_is_open(tmp_path):
+    tiny.sd1().save_pretrained(tmp_path / "model")
+    model = DiffusionModel(str(tmp_path / "model"))
+    model.pipeline.scheduler = DPMSolverMultistepScheduler.from_config(model.pipeline.scheduler.config)
+    prompts = {"source": "a red circle", "target": "a blue circle"}
+    patch = PatchSpec(site=SITE)
+    plain = Experiment(model=model.reference, num_inference_steps=4, interventions=[patch], **prompts)
+    told = plain.pinned(model)
+    expected = told.run(model).patched.images[0].tobytes()
+    for name, each in (("plain", plain), ("told", told)):
+        each.save(tmp_path / f"{name}.json")
+    with opened(lambda: model.reference) as bench:
+        own = bench.controls.scheduler
+        bench.load(tmp_path / "told.json").result(LONG)
+        assert bench.controls.scheduler == "DPMSolverMultistep" != own
+        assert bench.patched.images[0].tobytes() == expected
+        bench.load(tmp_path / "plain.json").result(LONG)
+        assert bench.controls.scheduler == own
+        assert bench.patched.images[0].tobytes() != expected
 
 
 def test_a_file_that_is_opened_in_the_browser(bench, tmp_path):
