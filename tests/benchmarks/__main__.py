@@ -29,13 +29,6 @@ from tests.benchmarks import (
 )
 from tests.benchmarks.table import Row, Setting, as_text, page, section
 
-
-def experiments(setting: Setting) -> Iterator[Row]:
-    """Yield what maps of patches cost: of real ones, and estimated."""
-    yield from sweeping.rows(setting)
-    yield from attribution.rows(setting)
-
-
 README = Path(__file__).parent / "README.md"
 
 
@@ -43,7 +36,8 @@ SECTIONS = {
     "Looking": overhead.rows,
     "Patching": patching.rows,
     "Derivatives": gradients.rows,
-    "Experiments": experiments,
+    "Experiments": sweeping.rows,
+    "Attribution": attribution.rows,
     "Attention": attention.rows,
     "Starting": first_image.rows,
     "Component trees": trees.rows,
