@@ -306,6 +306,16 @@ class TestPatchMap:
         value = scene.effects(holes=False)[3, 7]
         assert text.splitlines() == ["unet.mid_block", "steps 5–9", f"image difference {value:.3f}"]
 
+    def test_a_map_of_fewer_steps_is_pointed_at_inside_alone(self, open_widgets):
+        shown = open_widgets(scene.patch_map(selected=[]), live=True)
+        shown.page.locator(".map-canvas").hover(position=self.cell(shown, 3, 14))
+        shown.page.get_by_role("application").focus()
+        shown.page.keyboard.press("End")
+        shown.put("patch-map", "steps", 8)
+        shown.settle()
+        assert shown.page.locator(".map-tip").is_hidden()
+        assert "· step 7 ·" in shown.page.locator(".map-readout").inner_text()
+
     def test_values_colour_their_cells(self, open_widgets):
         shown = open_widgets(scene.patch_map(holes=False, limit=0.85, selected=[]))
         canvas = shown.page.locator(".map-canvas")

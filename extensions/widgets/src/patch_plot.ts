@@ -59,6 +59,8 @@ export class Plot {
     this.columns = columns;
     this.names.replaceChildren(...sites.map((site, i) => h("div", { class: "map-site wb-mono", title: site }, h("bdi", {}, short[i]!))));
     this.axis.replaceChildren(...Array.from({ length: columns }, () => h("span")));
+    this.cursor = this.inside(this.cursor);
+    this.leave();
   }
 
   startFrom(cell: Cell): void {
@@ -173,7 +175,11 @@ export class Plot {
       Home: [row, 0], End: [row, this.columns - 1], PageUp: [0, column], PageDown: [this.rows - 1, column],
     };
     const to = moves[key];
-    return to ? [clamp(to[0], this.rows), clamp(to[1], this.columns)] : null;
+    return to ? this.inside(to) : null;
+  }
+
+  private inside([row, column]: Cell): Cell {
+    return [clamp(row, this.rows), clamp(column, this.columns)];
   }
 }
 
