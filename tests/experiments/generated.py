@@ -211,6 +211,16 @@ def _turn(drawn: random.Random, places: Places, target: str) -> list[dict[str, A
     return [first, *turns]
 
 
+def _initial_noise(drawn: random.Random, places: Places, target: str) -> list[dict[str, Any]]:
+    noise: dict[str, Any] = {"seed": 1000 + drawn.randrange(9)}
+    if drawn.random() < 0.3:
+        values = [[[drawn.gauss(0, 1) for _ in range(16)] for _ in range(16)] for _ in range(4)]
+        noise = {"value": values}
+    if drawn.random() < 0.5:
+        noise["mask"] = [[drawn.random() for _ in range(4)] for _ in range(4)]
+    return [{"kind": "turn", "step": 0, "noise": {**noise, "strength": drawn.choice((0.5, 1.0))}}]
+
+
 def _fork(drawn: random.Random, places: Places, target: str, source: str) -> dict[str, Any]:
     (scale,) = _scale(drawn, places, PROMPTS[3])
     leaf = {"step": 3, "prompt": PROMPTS[3], "interventions": [{**scale, "steps": [3]}]}
@@ -239,6 +249,7 @@ KINDS: dict[str, Callable[..., Any]] = {
     "corrupt": _corrupt,
     "direction": _direction,
     "replace": _replace,
+    "initial_noise": _initial_noise,
 }
 """What an experiment is about: each kind of intervention, each way to ablate and to steer, and a tree of
 branches."""

@@ -18,7 +18,7 @@ from workbench.models.model import DiffusionModel
 
 REPOSITORY = Path(__file__).parents[2]
 COUNT = max(30, 2 * len(KINDS) * len(SHIPPED))
-FEW = (4, 10, 13, 18, 23, 30)
+FEW = (4, 10, 16, 19, 24, 31)
 STANDALONE = """
 import pathlib, runpy, sys
 sys.modules["workbench"] = None

@@ -12,11 +12,12 @@ from workbench.errors import InputError
 from workbench.experiments.change import MOST, Runs, SiteChange
 from workbench.experiments.changes import AnySpec, TurnSpec
 from workbench.experiments.conflicts import check_order
+from workbench.experiments.noise import check_begun
 from workbench.interventions.intervention import Intervention
 from workbench.tracing.record import Record
 from workbench.tracing.session import Listener
 
-_TURN = {"step", "prompt", "guidance_scale", "arguments"}
+_TURN = {"step", "prompt", "guidance_scale", "noise", "arguments"}
 
 
 class Fork(TurnSpec):
@@ -34,7 +35,9 @@ class Fork(TurnSpec):
     @model_validator(mode="after")
     def _says_something(self) -> Self:
         if not self.changes() and not self.interventions:
-            raise ValueError("a fork changes something: prompt, guidance_scale, arguments or interventions")
+            raise ValueError(
+                "a fork changes something: prompt, guidance_scale, noise, arguments or interventions"
+            )
         return self
 
     def acting(self, steps: int) -> list[Any]:
@@ -100,7 +103,11 @@ def rerun(
         at = first if stage is None else stage.step
         now = told.get("prompt", now)
         made = [edit if now == prompt else _worded(each, edit, runs.of(now)) for each, edit in mine]
-        run = run.fork(at, interventions=made, capture=(), listener=listener, **told)
+        noise = told.pop("noise", None)
+        begins = {} if noise is None else {"latents": noise.latents(run)}
+        run = run.fork(at, interventions=made, capture=(), listener=listener, **told, **begins)
+        if begins:
+            check_begun(run, begins["latents"])
     return run
 
 

@@ -19,9 +19,17 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Drawn = Annotated[int, Field(ge=0, lt=1 << 32)]
 """A seed."""
 
+
+def _even(mask: tuple[tuple[float, ...], ...]) -> tuple[tuple[float, ...], ...]:
+    if not mask or not mask[0] or len({len(row) for row in mask}) > 1:
+        raise ValueError("a mask has rows, and all its rows are equally long")
+    return mask
+
+
 Picture = Annotated[
     tuple[Annotated[tuple[Share, ...], Field(max_length=1024, fail_fast=True)], ...],
     Field(max_length=1024, fail_fast=True),
+    AfterValidator(_even),
 ]
 Some = Annotated[tuple[int, ...], Field(min_length=1, max_length=10_000, fail_fast=True)]
 Text = Annotated[str, Field(min_length=1, max_length=1000)]
@@ -87,13 +95,6 @@ class Change(BaseModel):
     heads: Some | None = None
     mask: Picture | None = None
     strength: Finite = 1.0
-
-    @field_validator("mask")
-    @classmethod
-    def _even(cls, mask: Picture | None) -> Picture | None:
-        if mask is not None and (not mask or not mask[0] or len({len(row) for row in mask}) > 1):
-            raise ValueError("a mask has rows, and all its rows are equally long")
-        return mask
 
     @abstractmethod
     def bind(self, runs: Runs) -> Intervention:

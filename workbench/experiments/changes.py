@@ -11,17 +11,17 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from workbench.errors import InputError
 from workbench.experiments.change import (
     Arguments,
-    Change,
     Finite,
     LayerChange,
     Picture,
     Runs,
 )
+from workbench.experiments.noise import NoiseSpec
 from workbench.experiments.site_changes import (
     AblateSpec,
     CorruptSpec,
@@ -93,20 +93,19 @@ class ForceMapSpec(LayerChange):
         """The layers' weights of the word."""
         return (self.site, self.word)
 
-    _rows = field_validator("map")(Change._even.__func__)  # type: ignore[attr-defined]
-
     def bind(self, runs: Runs) -> ForceMap:  # noqa: ARG002
         """Return the edit."""
         return ForceMap(site=self.site, **self.where(), word=self.word, map=torch.tensor(self.map))
 
 
 class TurnSpec(BaseModel):
-    """From a step on, another prompt, another guidance or other arguments of the pipeline.
+    """From a step on, another prompt, another guidance or other arguments; from step 0, other initial noise.
 
     Attributes:
         step: the first step that has them.
         prompt: the other prompt.
         guidance_scale: the other guidance.
+        noise: what the run begins at instead of its own noise; of step 0 alone.
         arguments: others of the pipeline.
     """
 
@@ -116,12 +115,21 @@ class TurnSpec(BaseModel):
     step: Annotated[int, Field(ge=0)]
     prompt: str | None = None
     guidance_scale: Finite | None = None
+    noise: NoiseSpec | None = None
     arguments: Arguments = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
         if not self.changes():
-            raise ValueError(f"a {self.kind} changes something: prompt, guidance_scale or arguments")
+            raise ValueError(f"a {self.kind} changes something: prompt, guidance_scale, noise or arguments")
+        return self
+
+    @model_validator(mode="after")
+    def _begins(self) -> Self:
+        if self.noise is not None and self.step:
+            raise ValueError(
+                f"initial noise is what step 0 begins at, and this {self.kind} is at step {self.step}"
+            )
         return self
 
     def check(self, steps: int) -> None:
@@ -136,8 +144,8 @@ class TurnSpec(BaseModel):
             )
 
     def changes(self) -> dict[str, Any]:
-        """Return what a fork at the step is told."""
-        said = {"prompt": self.prompt, "guidance_scale": self.guidance_scale}
+        """Return what a fork at the step is told; noise as it is said, see `NoiseSpec.latents`."""
+        said = {"prompt": self.prompt, "guidance_scale": self.guidance_scale, "noise": self.noise}
         return {**{name: value for name, value in said.items() if value is not None}, **self.arguments}
 
 

@@ -246,6 +246,18 @@ def spread(change, value, place):
     return resized(change["mask"], size).flatten()[:, None].to(value)
 '''
 
+NOISE = '''
+def drawn(seed, shape):
+    """Return the initial noise of a seed, as the pipeline draws it."""
+    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))
+
+
+def mixed(own, other, share):
+    """Return noise that is the other for a share of its variance."""
+    share = torch.as_tensor(share)
+    return (1 - share).sqrt() * own + share.sqrt() * other
+'''
+
 TAKEN = '''
 def taken(change, run, given, value):
     """Return what another run has for these rows."""

@@ -22,6 +22,7 @@ from workbench.experiments.branching import Fork, acting_in, check_forks, every_
 from workbench.experiments.change import MOST, Arguments
 from workbench.experiments.changes import AnySpec
 from workbench.experiments.conflicts import check_order
+from workbench.experiments.noise import NoiseSpec
 from workbench.experiments.sampler import SchedulerSpec
 
 FORMAT = 2
@@ -216,6 +217,7 @@ class ExperimentSpec(BaseModel):
         *,
         prompt: str | None = None,
         guidance_scale: float | None = None,
+        noise: NoiseSpec | dict[str, Any] | None = None,
         interventions: Sequence[Any] = (),
         **arguments: JsonValue,
     ) -> Self:
@@ -225,15 +227,16 @@ class ExperimentSpec(BaseModel):
             step: the first step of the branch.
             prompt: its own, if it has one.
             guidance_scale: its own, likewise.
+            noise: its own initial noise, likewise, as data; of step 0.
             interventions: further ones, as data.
             **arguments: others of the pipeline.
 
         Raises:
             InputError: the branch would only repeat the run, or does not fit it.
         """
-        words = {"prompt": prompt, "guidance_scale": guidance_scale, "arguments": arguments}
+        own = {"prompt": prompt, "guidance_scale": guidance_scale, "noise": noise, "arguments": arguments}
         try:
-            fork = Fork(step=step, interventions=tuple(interventions), **words)  # type: ignore[arg-type]
+            fork = Fork(step=step, interventions=tuple(interventions), **own)  # type: ignore[arg-type]
             return type(self).model_validate(
                 {**self.model_dump(), "forks": [*self.model_dump()["forks"], fork.model_dump()]}
             )

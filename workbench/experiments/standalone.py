@@ -104,7 +104,8 @@ class _Plan:
         head = head_code(self.changes, *(["pathlib"] if branches else []))
         own = [machine.ONE_IMAGE, opening_code(self.target.model), *([machine.BRANCHES] if branches else [])]
         constants = [constants_code(self.experiment), data_code(self.changes, self._planner.denoisers)]
-        return [head, *constants, *own, *machine_code(self.changes), "\n".join(running)]
+        text = "\n".join(running)
+        return [head, *constants, *own, *machine_code(self.changes, text), text]
 
     # The runs, in order.
 
@@ -143,9 +144,13 @@ class _Plan:
                     sites.append(each)
                 elif mine:
                     surveys.append(Survey.of(each.model_copy(update={"steps": mine})))
+            told = {**stretch.told, **({} if turn is None else turn.changes())}
+            if turn is not None and turn.noise is not None:
+                changed = stretch.told.get("noise")
+                lines.append(f"{name}_noise = {turn.noise.code(run, changed)}")
+                told = {**told, "noise": Code(f"{name}_noise")}
             if turn is not None or surveys:
                 run = rerun(run, [*([turn] if turn else []), *surveys], self._runs, start=start)
-            told = {**stretch.told, **({} if turn is None else turn.changes())}
             stretch = _Stretch(start, told, run)
             numbers = add_all(self.changes, self._planner.planned(sites, surveys, run, (start, end)))
             lines.append(self._running(name, told, numbers, (left, start) if left else None))
@@ -157,7 +162,7 @@ class _Plan:
     ) -> str:
         """Return the line of one run."""
         words = {key: value for key, value in told.items() if key == "prompt"}
-        rest = {key: value for key, value in told.items() if key != "prompt"}
+        rest = {"latents" if key == "noise" else key: told[key] for key in told if key != "prompt"}
         every = not self._parted and list(numbers) == list(range(len(numbers)))
         chosen = "CHANGES" if every else f"[{', '.join(f'CHANGES[{number}]' for number in numbers)}]"
         arguments = [
@@ -241,15 +246,17 @@ def opening_code(model: Any) -> str:
     return f"{code}\n\n{machine.GENERATE}"
 
 
-def machine_code(changes: Sequence[dict[str, Any]]) -> list[str]:
-    """Return what makes the changes, part by part: only what they need."""
+def machine_code(changes: Sequence[dict[str, Any]], running: str = "") -> list[str]:
+    """Return what makes the changes and runs, part by part: only what they need."""
     kinds = list(dict.fromkeys(each["do"] for each in changes))
     values = [kind for kind in kinds if kind in machine.KINDS]
     edits = [kind for kind in kinds if kind in machine_attention.EDIT_KINDS]
     ports = {place[1] for each in changes for place in (*each["at"], *each.get("from", ()))}
     parts = [machine.MACHINE]
-    if any("mask" in each or each["do"] == "force_map" for each in changes):
+    if any("mask" in each or each["do"] == "force_map" for each in changes) or "resized(" in running:
         parts.append(machine.MASK)
+    if "mixed(" in running:
+        parts.append(machine.NOISE)
     if {"patch", "mean"} & set(values):
         parts.append(machine.TAKEN)
     parts += [machine.KINDS[kind] for kind in values]
