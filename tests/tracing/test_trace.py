@@ -197,6 +197,28 @@ def test_a_list_can_be_saved_and_edited_as_the_models_own():
     assert mid.ndim == 4
 
 
+def test_what_is_called_before_the_denoiser_is_not_the_next_steps():
+    case = tiny.FAMILIES["controlnet"]
+    model = DiffusionModel(case.build())
+
+    def read():
+        with model.generate(**case.arguments, seed=0) as run:
+            for _ in run.steps[1]:
+                model.controlnet.output[1].save()
+
+    with pytest.raises(OutOfOrderError, match=r"in step 1.*before the denoiser.*capture=\['controlnet'\]"):
+        read()
+    record = model.record(**case.arguments, seed=0, capture=["controlnet"])
+    assert len(record.passages("controlnet")) == record.ledger.steps
+
+
+def test_what_is_called_after_the_last_step_can_be_read_in_it(model):
+    with generate(model) as run:
+        for _ in run.steps[-1:]:
+            image = model.vae.decode.output.save()
+    assert image[0].ndim == 4
+
+
 # Editing
 
 

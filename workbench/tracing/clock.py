@@ -108,6 +108,12 @@ class Clock:
         """How many steps the run will have; None until the scheduler of its last stage has been told."""
         return self._stages.total
 
+    @property
+    def coming(self) -> int:
+        """The step that what passes between the calls belongs to: the next tick's, or after all the last."""
+        step, total = self._stages.step_of(self.ticks), self.total_steps
+        return step if total is not None and step < total else self._stages.step_of(max(self.ticks - 1, 0))
+
     def step_of(self, tick: int) -> int:
         """Return the step that a tick of the present stage belongs to."""
         return self._stages.step_of(tick)

@@ -65,6 +65,7 @@ class Trace(RunValues):
         self._step: int | None = None
         self._call: int | None = None
         self._within: Row | None = None
+        self._early = False
         self._wanted: Site | None = None
         self._catch: Callable[[Row], bool] | None = None
         self._ending = "by itself"
@@ -326,7 +327,7 @@ class Trace(RunValues):
         target = self._target_at(place)
         row = self._pause.row if self._pause is not None else None
         self._within = row if row is not None and _component(place) == row.component else None
-        self._wanted = place
+        self._wanted, self._early = place, False
         # At an entrance there is a hook already, and one that is taken off in a call breaks those behind it.
         entrance = place.port == "inputs" and place.path in self._session.system.denoisers
         hooks = [] if entrance else self._hook_once(place)
@@ -369,6 +370,9 @@ class Trace(RunValues):
         """In the pipeline: hand a value over, if it is the one that is waited for."""
         row = self._session.clock.now
         if self._wanted != place or (place in self._seen and self._seen_in is row):
+            return value
+        if row is None and self._step is not None and self._session.clock.coming > self._step:
+            self._early = True  # of a later step
             return value
         pause = Pause(row, place, value)
         self._seen_in = row
@@ -441,6 +445,11 @@ class Trace(RunValues):
         if _is_list(target):
             inner = ", ".join(list(target._modules)[:4])
             advice = f"A {type(target).__name__} is not called itself; ask for what is in it: {inner}."
+        elif self._early:
+            advice = (
+                "It is called before the denoiser, at whose entrance a step begins. Keep what it puts out in "
+                f"every step with model.record(…, capture=['{place}'])."
+            )
         elif self._pause is None:
             advice = "Such a run does not call it, or had called it before what was read first."
         else:
