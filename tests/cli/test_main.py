@@ -244,6 +244,8 @@ def test_a_sweep_counts_its_failures_and_fails_if_all_did(capsys, pipeline, tmp_
     assert status == 1
     assert "All 2 cells failed, the first with: " in wrong
     assert "nan" not in said
+    assert "2 of 2 cells" in command(capsys, "sweep", file, *asked)[2]
+    assert "0 of 2 cells" in command(capsys, "sweep", file, *asked, "--retry")[2]
 
 
 @pytest.mark.parametrize(

@@ -235,6 +235,28 @@ def test_a_metric_that_raises_fails_its_cell_and_no_more(model, tmp_path):
         assert "error" not in found
 
 
+def test_what_failed_is_run_again_where_that_is_asked_for(model, tmp_path):
+    missing, measured = ["weights"], []
+
+    def learned(run, source, target):
+        measured.append(run)
+        if missing and len(measured) == 2:
+            raise OSError("the weights are not there")
+        return 1.0
+
+    sweep = small(metrics=[RunMetric("learned", learned, pictures=False)], rows=1, controls=False)
+    assert (sweep.run(model, tmp_path).error.values != "").sum() == 1
+    missing.clear()
+    measured.clear()
+    assert (sweep.run(model, tmp_path).error.values != "").sum() == 1
+    assert not measured
+    found = sweep.run(model, tmp_path, retry=True)
+    assert "error" not in found
+    assert (found.learned == 1).all()
+    assert len(measured) == 1
+    assert "error" not in sweep.load(tmp_path)
+
+
 def test_metrics_of_one_name_are_told_apart_by_another(model):
     red, blue = (metric("colour", wanted=wanted) for wanted in ("red", "blue"))
     with pytest.raises(InputError, match=r"wb\.RunMetric"):

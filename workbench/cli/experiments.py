@@ -95,6 +95,7 @@ def survey(
     metrics: Sequence[str] | None,
     script: Path | None = None,
     standalone: bool = True,
+    retry: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Iterator[str]:
     """Sweep over some axes; the map is in ``map.csv``, and what a sweep resumes from beside it.
@@ -109,6 +110,7 @@ def survey(
         metrics: what is measured, as they were typed.
         script: a file to write the sweep to.
         standalone: whether that needs diffusers and torch alone.
+        retry: whether cells that failed before are run again.
         progress: told how far it is.
 
     Raises:
@@ -140,7 +142,7 @@ def survey(
     if out is not None:
         _make(out)
         with failing("The sweep"):
-            found = measured.run(model, out / "cells", progress=progress)
+            found = measured.run(model, out / "cells", progress=progress, retry=retry)
         yield from _mapped(measured, found, out / "map.csv")
 
 

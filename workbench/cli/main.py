@@ -183,6 +183,7 @@ def sweep(
             "--standalone/--workbench", help="The script: on diffusers and torch alone, or on this package."
         ),
     ] = True,
+    retry: Annotated[bool, typer.Option("--retry", help="Run cells that failed before again.")] = False,
 ) -> None:
     """Patch every site at every step, each beside a random direction, and write the map.
 
@@ -199,7 +200,7 @@ def sweep(
     opened = wb.Experiment.load(experiment)
     axes = {"site": site, "step": step, "branch": branch, "heads": heads, "words": words}
     asked = {"axes": axes, "window": window, "seeds": seeds, "metrics": metric}
-    written = {"script": script, "standalone": standalone}
+    written = {"script": script, "standalone": standalone, "retry": retry}
     for line in survey(opened, out, progress=tell, **asked, **written):  # type: ignore[arg-type]
         typer.echo(line)
 

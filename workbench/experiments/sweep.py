@@ -168,6 +168,7 @@ class Sweep:
         progress: Callable[[Progress], None] | None = None,
         listener: Listener | None = None,
         allow_code: bool = False,
+        retry: bool = False,
     ) -> xarray.Dataset:
         """Run every cell that a folder does not hold yet, and return what was measured.
 
@@ -181,6 +182,8 @@ class Sweep:
             progress: told after each batch; an exception it raises ends the sweep, as Stop does.
             listener: told of each call and tick; likewise.
             allow_code: whether to import what cells name as modules of one's own, which may run anything.
+            retry: whether what the folder holds as failed is run again, with the cells of its batch: after
+                the weights of a metric are there, say.
 
         Returns:
             An ``xarray.Dataset`` over the axes. For a metric ``towards``: ``towards`` of each cell;
@@ -199,7 +202,7 @@ class Sweep:
             UnknownNameError: the model has no such site.
         """
         need_xarray()
-        told = {"progress": progress, "listener": listener, "allow_code": allow_code}
+        told = {"progress": progress, "listener": listener, "allow_code": allow_code, "retry": retry}
         return dataset(self, self.measure(model, folder, **told))  # type: ignore[arg-type]
 
     def measure(
@@ -210,10 +213,12 @@ class Sweep:
         progress: Callable[[Progress], None] | None = None,
         listener: Listener | None = None,
         allow_code: bool = False,
+        retry: bool = False,
     ) -> list[Result]:
         """Do what `run` does and return the results as they are committed, for which no xarray is needed."""
         model = self._opened(model)
-        sweeper = Sweeper(self, model, progress=progress, listener=listener, allow_code=allow_code)
+        told = {"progress": progress, "listener": listener, "allow_code": allow_code, "retry": retry}
+        sweeper = Sweeper(self, model, **told)  # type: ignore[arg-type]
         with sampling(model, self.experiment.scheduler):
             if folder is None:
                 return sweeper.run(None)

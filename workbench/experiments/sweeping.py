@@ -127,6 +127,7 @@ class Sweeper:
         progress: told after each batch.
         listener: told how the runs go on.
         allow_code: whether cells may import modules of one's own.
+        retry: whether batches in which something failed are measured anew.
     """
 
     def __init__(
@@ -137,9 +138,10 @@ class Sweeper:
         progress: Callable[[Progress], None] | None = None,
         listener: Listener | None = None,
         allow_code: bool = False,
+        retry: bool = False,
     ) -> None:
         self.sweep, self.model = sweep, model
-        self._allow_code = allow_code
+        self._allow_code, self._retry = allow_code, retry
         self._progress, self._listener = progress, listener
         self._pair_of = pairs_of(sweep.cells)
         self._pairs: dict[int, Pair] = {}
@@ -161,6 +163,12 @@ class Sweeper:
             if isinstance(change, ModuleSpec):
                 change.check_trusted(self._allow_code)
         done = {} if store is None else store.read()
+        if self._retry:
+            done = {
+                number: batch
+                for number, batch in done.items()
+                if all(result.error is None for result in batch.results)
+            }
         found: list[Result] = []
         self._note(found, [result for batch in done.values() for result in batch.results])
         for wave in plan(self.sweep):
