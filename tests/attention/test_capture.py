@@ -9,7 +9,7 @@ from torch.nn import functional
 from tests import tiny
 from tests.attention.seen import KERNEL, Kernel, Seen, watched
 from tests.watching import as_bytes, footprint
-from workbench.attention import softmax
+from workbench.attention import capture, softmax
 from workbench.attention.request import Attention
 from workbench.attention.softmax import weights
 from workbench.errors import GuardError, InputError, UnknownNameError
@@ -311,3 +311,27 @@ def test_a_frame_is_chosen_where_each_is_attended_to_by_itself():
         model.record(**case.arguments, seed=0, capture=[Attention(frame=2)])
     with pytest.raises(InputError, match="no frame"):
         Attention(frame=-1)
+
+
+@pytest.mark.parametrize("asked", [{}, {"words": ["red"], "reduce": []}, {"top": 2}, {"reduce": ["steps"]}])
+@pytest.mark.parametrize("name", ["sd1", "sd3", "wan"])
+def test_weights_computed_for_several_calls_at_once_are_each_calls_own(monkeypatch, name, asked):
+    case = tiny.FAMILIES[name]
+    model = DiffusionModel(case.build())
+    found, sizes = {}, []
+    for held in (0, 1 << 30):
+        monkeypatch.setattr(capture, "_HELD", held)
+        monkeypatch.setattr(
+            capture,
+            "weights",
+            lambda query, *rest, **told: (sizes.append(len(query)), weights(query, *rest, **told))[1],
+        )
+        sizes.clear()
+        found[held] = model.record(**case.arguments, seed=0, capture=[Attention(**asked)]).attention
+        assert (max(sizes) > 1) == bool(held)
+    one, several = found.values()
+    assert one.layers.keys() == several.layers.keys()
+    for path, kept in one.layers.items():
+        assert several.layers[path].shape == kept.shape
+        assert torch.allclose(several.layers[path], kept, atol=1e-6)
+    assert [row.call for row in one.rows] == [row.call for row in several.rows]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,31 @@ from workbench.errors import GuardError, InputError
 from workbench.tracing.ledger import Row
 from workbench.tracing.session import Session
 from workbench.tracing.steps import Steps, covers, normal
+
+_HELD = 2 << 20
+"""Bytes of queries and keys, and of their weights, that may wait to be computed with those of later calls."""
+
+
+@dataclass
+class _Waiting:
+    """Calls of a layer whose weights are computed at once: of a small layer, ten take as long as one."""
+
+    queries: Places
+    columns: Places
+    scale: float | None
+    rows: list[Row] = field(default_factory=list)
+    query: list[torch.Tensor] = field(default_factory=list)
+    key: list[torch.Tensor] = field(default_factory=list)
+
+    def takes(self, query: torch.Tensor, key: torch.Tensor, other: _Waiting) -> bool:
+        """Whether a call with this query and key, and the choice of another, goes with those that wait."""
+        return (
+            self.query[0].shape == query.shape
+            and self.key[0].shape == key.shape
+            and self.scale == other.scale
+            and _same(self.queries, other.queries)
+            and _same(self.columns, other.columns)
+        )
 
 
 class Run:
@@ -64,6 +89,8 @@ class Run:
         self._expected: set[str] = set()
         self._seen: set[str] = set()
         self._planned: set[str] = set()
+        self._waiting: dict[str, _Waiting] = {}
+        self._held = 0
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -94,6 +121,7 @@ class Run:
                 "through scaled_dot_product_attention, where maps are taken from. Give it a processor that "
                 "calls it, such as AttnProcessor2_0."
             )
+        self._compute()
         self._reduction.aspect = self._watch.aspect
         layers = self._reduction.result()
         return AttentionMaps(
@@ -172,15 +200,15 @@ class Run:
             if row is not self._first and not self.planning:
                 plan.check()
             return
-        began = time.perf_counter()
-        value = self._weights(row, handed, queries, columns)
-        if self.asked.block == IMAGE_TO_TEXT:
-            value = value.transpose(-1, -2)
-        if new:
-            seconds = time.perf_counter() - began
-            plan.layers[-1] = replace(cost, seconds=seconds)
         if not self.planning:
-            self._keep(scope.path, row, value)
+            self._note(scope.path, row)
+        if new:
+            self._compute()
+        began = time.perf_counter()
+        self._take(scope.path, row, handed, queries, columns)
+        if new:
+            self._compute()
+            plan.layers[-1] = replace(cost, seconds=time.perf_counter() - began)
 
     def _plan(self, row: Row) -> Plan:
         if self.plan is None:
@@ -206,8 +234,8 @@ class Run:
         if self.plan is not None and not self.planning:
             self.plan.check()
 
-    def _weights(self, row: Row, handed: Handed, queries: Places, columns: Places) -> torch.Tensor:
-        """Return the weights of the one sample, ``([heads,] queries, columns)``."""
+    def _take(self, path: str, row: Row, handed: Handed, queries: Places, columns: Places) -> None:
+        """Let the one sample's queries and keys wait for others', or compute the weights if they cannot."""
         query, key, mask = handed["query"], handed["key"], handed.get("attn_mask")
         rows = row.rows(self.asked.branch, query.shape[0])
         many = rows.stop - rows.start
@@ -224,17 +252,41 @@ class Run:
             mask = mask[one]
         if handed.get("is_causal"):
             mask = causal(query.shape[2], key.shape[2], query.device)
-        with torch.no_grad():
-            return weights(
-                query[one],
-                key[one],
-                queries=queries,
-                columns=columns,
-                heads=self.asked.heads,
-                over_heads=self.asked.over_heads,
-                scale=handed.get("scale"),
-                mask=mask,
-            )[0]
+        query, key = _alone(query[one]), _alone(key[one])
+        new = _Waiting(queries, columns, handed.get("scale"))
+        waiting = self._waiting.get(path)
+        if mask is not None or (waiting is not None and not waiting.takes(query, key, new)):
+            self._compute()
+        waiting = self._waiting.setdefault(path, new)
+        waiting.rows.append(row)
+        waiting.query.append(query)
+        waiting.key.append(key)
+        # The weights are there twice while they are computed: before and after the softmax.
+        self._held += query.nbytes + key.nbytes + 8 * query.shape[1] * query.shape[2] * key.shape[2]
+        if mask is not None or self._held > _HELD:
+            self._compute(mask)
+
+    def _compute(self, mask: torch.Tensor | None = None) -> None:
+        """Compute the weights of the calls that wait, ``([heads,] queries, columns)`` each, and keep them."""
+        waiting, self._waiting, self._held = self._waiting, {}, 0
+        for path, each in waiting.items():
+            query, key = (torch.cat(some) if len(some) > 1 else some[0] for some in (each.query, each.key))
+            with torch.no_grad():
+                values = weights(
+                    query,
+                    key,
+                    queries=each.queries,
+                    columns=each.columns,
+                    heads=self.asked.heads,
+                    over_heads=self.asked.over_heads,
+                    scale=each.scale,
+                    mask=mask,
+                )
+            if self.asked.block == IMAGE_TO_TEXT:
+                values = values.transpose(-1, -2)
+            if not self.planning:
+                for row, value in zip(each.rows, values, strict=True):
+                    self._keep(path, row, value)
 
     def _choice(self, scope: Scope, queries: int, keys: int) -> tuple[Places, Places]:
         """Return which queries and which keys of a call are wanted."""
@@ -282,8 +334,8 @@ class Run:
         positions: torch.Tensor = torch.tensor(chosen) + image.start
         return positions
 
-    def _keep(self, path: str, row: Row, value: torch.Tensor) -> None:
-        """Keep one layer's weights of one call, ``([heads,] tokens, places)``."""
+    def _note(self, path: str, row: Row) -> None:
+        """Note that a layer's weights of a call are kept."""
         self._rows.setdefault(row.call, row)
         rows = self._layer_rows.setdefault(path, [])
         if row in rows[-1:]:
@@ -292,6 +344,9 @@ class Run:
                 "guidance, so it has no one map. Leave it out of Attention(sites=…), or switch that off."
             )
         rows.append(row)
+
+    def _keep(self, path: str, row: Row, value: torch.Tensor) -> None:
+        """Keep one layer's weights of one call, ``([heads,] tokens, places)``."""
         if self.asked.top is not None:
             axis = -2 if self.asked.block == IMAGE_TO_TEXT else -1
             self._keys[path] = value.shape[axis]
@@ -303,6 +358,18 @@ class Run:
 
 def _told(scheduler: Any) -> bool:
     return getattr(scheduler, "timesteps", None) is not None and len(scheduler.timesteps) > 0
+
+
+def _alone(row: torch.Tensor) -> torch.Tensor:
+    """Return a row that does not keep its whole batch in memory."""
+    row = row.detach()
+    return row if row.untyped_storage().nbytes() == row.nbytes else row.clone()
+
+
+def _same(one: Places, other: Places) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return torch.equal(one, other)
+    return type(one) is type(other) and one == other
 
 
 def _count(places: Places, total: int) -> int:
