@@ -131,7 +131,12 @@ def _ablate(how: str) -> Callable[..., list[dict[str, Any]]]:
     def made(drawn: random.Random, places: Places, target: str) -> list[dict[str, Any]]:
         found = {"kind": "ablate", "how": how, "seed": drawn.randrange(9), **_where(drawn, places, target)}
         if how in ("mean", "resample"):
-            found["references"] = drawn.sample(PROMPTS, 2)
+            found["references"] = drawn.sample([each for each in PROMPTS if each != target], 2)
+        if "references" in found and "words" in found:
+            # What is taken at words is there in every reference, and is another: the text is read forwards.
+            _, colour, shape = target.split()
+            others = [each for each in ("red", "green", "blue", "purple") if each != colour]
+            found |= {"words": [shape], "references": [f"a {each} {shape}" for each in others[:2]]}
         return [found]
 
     return made
@@ -226,8 +231,11 @@ def _fork(drawn: random.Random, places: Places, target: str, source: str) -> dic
     leaf = {"step": 3, "prompt": PROMPTS[3], "interventions": [{**scale, "steps": [3]}]}
     reweight = {**_reweight(drawn, places, target)[0], "words": {"a": 3.0}, "steps": [2]}
     first = {"step": 2, "interventions": [reweight], "forks": [leaf]}
+    patches = _patch(drawn, places, target, source)
+    if patches[0]["site"] not in ("latents", "noise_pred"):
+        patches[0]["branch"] = "cond"  # a source without guidance has no other, and the second branch has
     return {
-        "interventions": _patch(drawn, places, target, source),
+        "interventions": patches,
         "forks": [first, {"step": 1, "guidance_scale": 4.0}],
     }
 

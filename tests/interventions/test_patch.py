@@ -170,6 +170,14 @@ def test_a_source_must_be_a_record(nothing):
         Patch(SITE, source=nothing)
 
 
+def test_a_source_without_guidance_has_nothing_for_the_other_branch(model):
+    plain = run(model, "a red circle", guidance_scale=1.0)
+    said = r"step 0, the run has a branch 'uncond' and the source has cond alone.*branch='cond'"
+    with pytest.raises(InputError, match=said):
+        patched(model, Patch(SITE, source=plain))
+    assert patched(model, Patch(SITE, source=plain, branch="cond")).images
+
+
 def test_a_branch_must_be_one_of_the_sources(source):
     with pytest.raises(UnknownNameError, match=r"no branch 'con'.*'cond'"):
         Patch(SITE, source=source, branch="con")

@@ -68,6 +68,12 @@ class Patch(Intervention):
 
     def new_value(self, site: Site, value: torch.Tensor, row: Row, branch: str) -> torch.Tensor:
         """Return the source's activation of the step and branch, ``(rows, ...)``."""
+        if branch != GUIDED and branch not in self.source.ledger.branches:
+            raise InputError(
+                f"At {site}, step {row.step}, the run has a branch {branch!r} and the source has "
+                f"{', '.join(self.source.ledger.branches)} alone. Say which to patch, "
+                f"branch={self.source.ledger.branches[-1]!r}, or run both with guidance."
+            )
         step = row.step if self.from_step is None else self.from_step
         nth = nth_call(self.source, row, branch) if self.from_step is None else 0
         found = self._for_samples(self.source.at(self._origin, step=step, branch=branch, nth=nth), value, row)
