@@ -33,6 +33,9 @@ from workbench.zoo.tokens import LENGTH
 SHIFT = 3.0
 """How far times are moved towards noise, where places and colours are decided, in training and sampling."""
 
+PERTURBATION = 0.1
+"""How much noise of another scene is added to that of each, in deviations, in training."""
+
 SILENT_ROWS = 256
 """The pipeline's ``max_sequence_length`` unless told otherwise: rows that a T5 encoder adds to the text."""
 
@@ -154,7 +157,10 @@ def flow_loss(
 ) -> Tensor:
     """Mean squared error of the predicted flow from image to noise, evened out over the times.
 
-    As with `denoiser.denoising_loss`, the error is divided by about what it comes to at each time.
+    As with `denoiser.denoising_loss`, the error is divided by about what it comes to at each time. The noise
+    that the transformer sees has a little of another scene's in it, which it is not to predict: from its own
+    earlier steps it gets latents that are off by as much, and else goes on with a square that has become a
+    rectangle (input perturbation, Ning et al., 2023).
 
     Args:
         encoders: of the text.
@@ -164,7 +170,8 @@ def flow_loss(
     """
     times = batch.timesteps / 1000
     share = times.view(-1, 1, 1, 1)
-    noisy = (1 - share) * batch.latents + share * batch.noise
+    seen = batch.noise + PERTURBATION * batch.noise.roll(1, 0)
+    noisy = (1 - share) * batch.latents + share * seen
     with mixed_precision():
         rows, pooled = read_text(encoders, batch.ids, silent)
         predicted = transformer(noisy, rows, pooled, batch.timesteps).sample
