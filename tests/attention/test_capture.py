@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from torch.nn import functional
 
 from tests import tiny
@@ -335,3 +336,49 @@ def test_weights_computed_for_several_calls_at_once_are_each_calls_own(monkeypat
         assert several.layers[path].shape == kept.shape
         assert torch.allclose(several.layers[path], kept, atol=1e-6)
     assert [row.call for row in one.rows] == [row.call for row in several.rows]
+
+
+class Writing:
+    """A processor that hands the kernel its query in memory which each call writes over."""
+
+    room = None
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **_):
+        read = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query, key, value = (
+            project(given).unflatten(-1, (attn.heads, -1)).transpose(1, 2).contiguous()
+            for project, given in ((attn.to_q, hidden_states), (attn.to_k, read), (attn.to_v, read))
+        )
+        self.room = torch.empty_like(query) if self.room is None else self.room
+        made = functional.scaled_dot_product_attention(self.room.copy_(query), key, value)
+        return attn.to_out[1](attn.to_out[0](made.transpose(1, 2).flatten(2)))
+
+
+def test_a_query_that_the_layer_writes_over_later_is_kept(monkeypatch):
+    model = DiffusionModel(tiny.sd1())
+    unet = model.pipeline.unet
+    unet.set_attn_processor({name: Writing() for name in unet.attn_processors})
+    found = []
+    for held in (0, 1 << 30):
+        monkeypatch.setattr(capture, "_HELD", held)
+        told = {"num_inference_steps": 4, "guidance_scale": 1.0, "seed": 0, "output_type": "latent"}
+        found.append(model.record("a red circle", capture=[Attention()], **told).attention.layers)
+    at_once, later = found
+    assert all(torch.allclose(later[path], kept, atol=1e-6) for path, kept in at_once.items())
+    assert any(not torch.allclose(kept[0], kept[3], atol=1e-3) for kept in at_once.values())
+
+
+def test_maps_of_a_pipeline_in_inference_mode_and_autocast():
+    class Within(StableDiffusionPipeline):
+        @torch.inference_mode()
+        def __call__(self, *args, **kwargs):
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().__call__(*args, **kwargs)
+
+    pipeline = tiny.sd1()
+    model = DiffusionModel(Within(**pipeline.components, requires_safety_checker=False))
+    for reduce in ((), ("steps",), ("heads",)):
+        maps = model.record(
+            "a red circle", num_inference_steps=4, capture=[Attention(reduce=reduce)]
+        ).attention
+        assert all(kept.isfinite().all() for kept in maps.layers.values())

@@ -252,7 +252,12 @@ class Run:
             mask = mask[one]
         if handed.get("is_causal"):
             mask = causal(query.shape[2], key.shape[2], query.device)
-        query, key = _alone(query[one]), _alone(key[one])
+        query, key = query[one].detach(), key[one].detach()
+        # The weights are there twice while they are computed: before and after the softmax.
+        held = query.nbytes + key.nbytes + 8 * query.shape[1] * query.shape[2] * key.shape[2]
+        at_once = mask is not None or self._held + held > _HELD
+        if not at_once:
+            query, key = query.clone(), key.clone()  # the layer may write others into the same memory
         new = _Waiting(queries, columns, handed.get("scale"))
         waiting = self._waiting.get(path)
         if mask is not None or (waiting is not None and not waiting.takes(query, key, new)):
@@ -261,9 +266,8 @@ class Run:
         waiting.rows.append(row)
         waiting.query.append(query)
         waiting.key.append(key)
-        # The weights are there twice while they are computed: before and after the softmax.
-        self._held += query.nbytes + key.nbytes + 8 * query.shape[1] * query.shape[2] * key.shape[2]
-        if mask is not None or self._held > _HELD:
+        self._held += held
+        if at_once:
             self._compute(mask)
 
     def _compute(self, mask: torch.Tensor | None = None) -> None:
@@ -271,7 +275,12 @@ class Run:
         waiting, self._waiting, self._held = self._waiting, {}, 0
         for path, each in waiting.items():
             query, key = (torch.cat(some) if len(some) > 1 else some[0] for some in (each.query, each.key))
-            with torch.no_grad():
+            # In the pipeline or after its end, what surrounds it there is not to make a difference.
+            with (
+                torch.inference_mode(False),
+                torch.no_grad(),
+                torch.autocast(query.device.type, enabled=False),
+            ):
                 values = weights(
                     query,
                     key,
@@ -282,11 +291,11 @@ class Run:
                     scale=each.scale,
                     mask=mask,
                 )
-            if self.asked.block == IMAGE_TO_TEXT:
-                values = values.transpose(-1, -2)
-            if not self.planning:
-                for row, value in zip(each.rows, values, strict=True):
-                    self._keep(path, row, value)
+                if self.asked.block == IMAGE_TO_TEXT:
+                    values = values.transpose(-1, -2)
+                if not self.planning:
+                    for row, value in zip(each.rows, values, strict=True):
+                        self._keep(path, row, value)
 
     def _choice(self, scope: Scope, queries: int, keys: int) -> tuple[Places, Places]:
         """Return which queries and which keys of a call are wanted."""
@@ -358,12 +367,6 @@ class Run:
 
 def _told(scheduler: Any) -> bool:
     return getattr(scheduler, "timesteps", None) is not None and len(scheduler.timesteps) > 0
-
-
-def _alone(row: torch.Tensor) -> torch.Tensor:
-    """Return a row that does not keep its whole batch in memory."""
-    row = row.detach()
-    return row if row.untyped_storage().nbytes() == row.nbytes else row.clone()
 
 
 def _same(one: Places, other: Places) -> bool:
