@@ -4,6 +4,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from tests import tiny
 from tests.tiny import images
 from workbench.errors import GuardError, InputError
 from workbench.experiments.experiment import Experiment
@@ -62,6 +63,41 @@ def test_unit_noise_stays_unit_noise_under_a_sampler_that_scales(model):
     assert float(outcome.patched.initial.std()) > 2
     expected = outcome.target.initial / unit(0) * unit(5)
     assert torch.allclose(outcome.patched.initial, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_its_scale_is_the_runs_own_whatever_ran_since(model):
+    config = {"timestep_spacing": "leading", "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+    scheduler = {"name": "EulerDiscreteScheduler", "config": config}
+    experiment = begun({"seed": 5, "mask": HALF}, scheduler=scheduler)
+    target = experiment.run_target(model)
+    source = experiment.run_source(model, target)
+    model.record("a", num_inference_steps=8)
+    initial = experiment.patch(source, target).initial
+    assert torch.equal(initial[..., 8:], target.initial[..., 8:])
+    code = standalone_code(experiment, source, target)
+    assert "mixed(drawn(0, (1, 4, 16, 16)), drawn(5, (1, 4, 16, 16))" in code
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["sd1", "sd3"])
+def test_half_precision_begins_at_noise_of_its_own_dtype(family, dtype):
+    case = tiny.FAMILIES[family]
+    model = DiffusionModel(case.build().to(dtype))
+    run = model.record(**case.arguments, seed=0)
+    half = NoiseSpec(seed=5, mask=HALF)
+    for noise in (NoiseSpec(seed=5), NoiseSpec(seed=5, strength=0.5), half):
+        latents = noise.latents(run)
+        assert latents.dtype == dtype
+        check_begun(run.fork(0, latents=latents), latents)
+    other = model.record(**case.arguments, seed=5)
+    assert torch.equal(run.fork(0, latents=NoiseSpec(seed=5).latents(run)).initial, other.initial)
+    assert half.code(run).endswith(f".to({dtype})")
+
+
+def test_a_pipelines_own_argument_called_noise_is_no_noise():
+    turn = {"kind": "turn", "step": 0, "arguments": {"noise": 3}}
+    told = Experiment(source="a", target="b", interventions=[turn])
+    assert told.interventions[0].changes() == {"noise": 3}
 
 
 def test_a_branch_begins_at_noise_of_its_own(model):

@@ -103,11 +103,11 @@ def rerun(
         at = first if stage is None else stage.step
         now = told.get("prompt", now)
         made = [edit if now == prompt else _worded(each, edit, runs.of(now)) for each, edit in mine]
-        noise = told.pop("noise", None)
-        begins = {} if noise is None else {"latents": noise.latents(run)}
-        run = run.fork(at, interventions=made, capture=(), listener=listener, **told, **begins)
-        if begins:
-            check_begun(run, begins["latents"])
+        if "latents" in told:
+            told["latents"] = told["latents"].latents(run)
+        run = run.fork(at, interventions=made, capture=(), listener=listener, **told)
+        if "latents" in told:
+            check_begun(run, told["latents"])
     return run
 
 

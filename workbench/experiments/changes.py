@@ -144,8 +144,8 @@ class TurnSpec(BaseModel):
             )
 
     def changes(self) -> dict[str, Any]:
-        """Return what a fork at the step is told; noise as it is said, see `NoiseSpec.latents`."""
-        said = {"prompt": self.prompt, "guidance_scale": self.guidance_scale, "noise": self.noise}
+        """Return what a fork at the step is told; of ``latents`` what is said, see `NoiseSpec.latents`."""
+        said = {"prompt": self.prompt, "guidance_scale": self.guidance_scale, "latents": self.noise}
         return {**{name: value for name, value in said.items() if value is not None}, **self.arguments}
 
 

@@ -255,7 +255,7 @@ def drawn(seed, shape):
 def mixed(own, other, share):
     """Return noise that is the other for a share of its variance."""
     share = torch.as_tensor(share)
-    return (1 - share).sqrt() * own + share.sqrt() * other
+    return (1 - share).sqrt() * own.float() + share.sqrt() * other.float()
 '''
 
 TAKEN = '''

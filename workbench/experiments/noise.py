@@ -54,7 +54,8 @@ class NoiseSpec(BaseModel):
             InputError: the pipeline takes no latents, or the value or mask does not fit them.
         """
         own = own_noise(run)
-        return mixed(own, self._other(run, own), self._share(run, own))
+        assert run.initial is not None
+        return mixed(own, self._other(run, own), self._share(run, own)).to(run.initial.dtype)
 
     def code(self, run: Record, changed: str | None = None) -> str:
         """Return the same as code, on ``drawn`` and ``mixed`` (and ``resized``, with a mask).
@@ -77,11 +78,13 @@ class NoiseSpec(BaseModel):
         share = repr(self.strength)
         if self.mask is not None:
             share = f"resized({[list(row) for row in self.mask]!r}, {shape[-2:]}) * {share}"
-        return f"mixed({changed or f'drawn({seed}, {shape})'}, {other}, {share})"
+        assert run.initial is not None
+        rounded = "" if run.initial.dtype == torch.float32 else f".to({run.initial.dtype})"
+        return f"mixed({changed or f'drawn({seed}, {shape})'}, {other}, {share}){rounded}"
 
     def _other(self, run: Record, own: torch.Tensor) -> torch.Tensor:
         if self.seed is None:
-            value = torch.tensor(self.value, dtype=own.dtype)
+            value = torch.tensor(self.value)
             try:
                 return value.expand(own.shape)
             except RuntimeError:
@@ -98,7 +101,7 @@ class NoiseSpec(BaseModel):
 
 
 def own_noise(run: Record) -> torch.Tensor:
-    """Return the noise that a run began at, of unit variance, as its pipeline takes it as ``latents``.
+    """Return the noise that a run began at, of unit variance, float32, as its pipeline takes ``latents``.
 
     Raises:
         InputError: the pipeline takes no latents, or the run left no initial ones behind.
@@ -106,17 +109,17 @@ def own_noise(run: Record) -> torch.Tensor:
     model = run.model
     if not isinstance(model, DiffusionModel) or not checks.takes(model.pipeline, "latents"):
         raise InputError("This pipeline takes no latents, so its runs cannot begin at other noise.")
-    told = run.spec.arguments.get("latents")
-    if isinstance(told, torch.Tensor):
-        return told
     if run.initial is None:
         raise InputError("This run did not get as far as its scheduler, so its initial noise is not known.")
-    found = run.initial / _scale(model)
+    told = run.spec.arguments.get("latents")
+    if isinstance(told, torch.Tensor):
+        return told.float().cpu()
     if isinstance(run.spec.seed, int):
-        same = drawn(run.spec.seed, found.shape)
-        if torch.allclose(same.to(found), found, atol=_CLOSE):
+        same = drawn(run.spec.seed, run.initial.shape)
+        if _is_multiple(run.initial, same):
             return same
-    return found.cpu()
+    # Packed, say: by what the scheduler multiplies is told apart from the noise by the scheduler alone.
+    return run.initial.float().cpu() / float(getattr(model.pipeline.scheduler, "init_noise_sigma", 1.0))
 
 
 def drawn(seed: int, shape: Any) -> torch.Tensor:
@@ -126,30 +129,33 @@ def drawn(seed: int, shape: Any) -> torch.Tensor:
 
 def mixed(own: torch.Tensor, other: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
     """Return noise that is ``other`` for a share of its variance."""
-    return (1 - share).sqrt() * own + share.sqrt() * other
+    return (1 - share).sqrt() * own.float() + share.sqrt() * other.float()
 
 
 def check_begun(run: Record, latents: torch.Tensor) -> None:
-    """Refuse a run that did not begin at the latents it was given.
+    """Refuse a run that did not begin at the latents it was given, times what its scheduler says.
 
     Raises:
         GuardError: its pipeline makes something else of them.
     """
     model = run.model
     assert isinstance(model, DiffusionModel)
-    wanted = latents * _scale(model)
-    if run.initial is None or not torch.allclose(
-        run.initial.to(wanted), wanted, atol=_CLOSE * float(wanted.abs().max())
-    ):
+    if run.initial is None or not _is_multiple(run.initial, latents):
         raise GuardError(
             f"{type(model.pipeline).__name__} makes something else of the latents it is given, so no run of "
             "it begins at this noise."
         )
 
 
-def _scale(model: DiffusionModel) -> float:
-    """By what the scheduler of the last run multiplies noise of unit variance."""
-    return float(getattr(model.pipeline.scheduler, "init_noise_sigma", 1.0))
+def _is_multiple(latents: torch.Tensor, noise: torch.Tensor) -> bool:
+    """Whether latents are some noise times one number above 0, but for rounding."""
+    if latents.shape != noise.shape:
+        return False
+    one, other = latents.float().cpu().flatten(), noise.float().cpu().flatten()
+    square = float(other @ other)
+    factor = float(one @ other) / square if square else 1.0
+    close = max(_CLOSE, 4 * torch.finfo(latents.dtype).eps) * max(float(one.abs().max()), _CLOSE)
+    return factor > 0 and torch.allclose(one, factor * other, rtol=0, atol=close)
 
 
 def _first_step(run: Record, seed: int) -> Record:

@@ -146,9 +146,9 @@ class _Plan:
                     surveys.append(Survey.of(each.model_copy(update={"steps": mine})))
             told = {**stretch.told, **({} if turn is None else turn.changes())}
             if turn is not None and turn.noise is not None:
-                changed = stretch.told.get("noise")
+                changed = stretch.told.get("latents")
                 lines.append(f"{name}_noise = {turn.noise.code(run, changed)}")
-                told = {**told, "noise": Code(f"{name}_noise")}
+                told = {**told, "latents": Code(f"{name}_noise")}
             if turn is not None or surveys:
                 run = rerun(run, [*([turn] if turn else []), *surveys], self._runs, start=start)
             stretch = _Stretch(start, told, run)
@@ -162,7 +162,7 @@ class _Plan:
     ) -> str:
         """Return the line of one run."""
         words = {key: value for key, value in told.items() if key == "prompt"}
-        rest = {"latents" if key == "noise" else key: told[key] for key in told if key != "prompt"}
+        rest = {key: value for key, value in told.items() if key != "prompt"}
         every = not self._parted and list(numbers) == list(range(len(numbers)))
         chosen = "CHANGES" if every else f"[{', '.join(f'CHANGES[{number}]' for number in numbers)}]"
         arguments = [
