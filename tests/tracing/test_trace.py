@@ -212,6 +212,26 @@ def test_what_is_called_before_the_denoiser_is_not_the_next_steps():
     assert len(record.passages("controlnet")) == record.ledger.steps
 
 
+def test_what_is_called_after_a_step_can_be_read_in_it_where_the_run_ends_early():
+    case = tiny.FAMILIES["sdxl"]
+    model = DiffusionModel(case.build())
+    with model.generate(**{**case.arguments, "denoising_end": 0.5}, seed=0) as run:
+        for _ in run.steps[1]:
+            image = model.vae.decode.output.save()
+    assert run.record.ledger.steps == 2
+    assert image[0].ndim == 4
+
+
+def test_a_preview_between_the_steps_can_be_read_in_the_step_before(model):
+    def preview(pipeline, step, timestep, values):
+        pipeline.vae.decode(values["latents"], return_dict=False)
+        return {}
+
+    with generate(model, callback_on_step_end=preview) as run:
+        images = [model.vae.decode.output[0].save() for _ in run.steps[:2]]
+    assert not torch.equal(*images)
+
+
 def test_what_is_called_after_the_last_step_can_be_read_in_it(model):
     with generate(model) as run:
         for _ in run.steps[-1:]:

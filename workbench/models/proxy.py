@@ -108,7 +108,9 @@ class ModuleProxy(Ported):
             return super().__getattr__(name)
         if hasattr(self._target, name):
             own = getattr(self.module, name)
-            method = inspect.ismethod(own) and not name.startswith("_")
+            # While it is watched, something else of ours stands in for it.
+            bound = inspect.ismethod(own) or inspect.isfunction(getattr(type(self._target), name, None))
+            method = bound and not name.startswith("_")
             return MethodProxy(f"{self._path}.{name}", own, self._home) if method else own
         known = [*self._target._modules, *PORTS]
         raise UnknownNameError(f"{self._path} has no module or port {name!r}.{nearest(name, known)}")

@@ -66,6 +66,7 @@ class Trace(RunValues):
         self._call: int | None = None
         self._within: Row | None = None
         self._early = False
+        self._before: set[tuple[str, int | None]] = set()
         self._wanted: Site | None = None
         self._catch: Callable[[Row], bool] | None = None
         self._ending = "by itself"
@@ -360,6 +361,10 @@ class Trace(RunValues):
         The pipeline waits for a step in a hook before the denoiser's forward, where it is too late for
         another hook of the same kind.
         """
+        clock = self._session.clock
+        for name, part in self._session.system.components.items():
+            if isinstance(part, nn.Module) and name not in self._session.system.denoisers:
+                rig.before(part, lambda *_, name=name: self._before.add((name, clock.ticks)))
         for name, module in self._session.system.denoisers.items():
             place = Site(name, "inputs")
             hook_port(rig, module, "inputs", partial(self._pass, place))
@@ -371,14 +376,22 @@ class Trace(RunValues):
         row = self._session.clock.now
         if self._wanted != place or (place in self._seen and self._seen_in is row):
             return value
-        if row is None and self._step is not None and self._session.clock.coming > self._step:
-            self._early = True  # of a later step
+        if row is None and self._is_early(_component(place)):
+            self._early = True
             return value
         pause = Pause(row, place, value)
         self._seen_in = row
         self._seen[place] = value
         self._wait(pause)
         return pause.value
+
+    def _is_early(self, component: str) -> bool:
+        """Whether a part runs for a later step now: it ran before the denoiser in the present one too."""
+        clock = self._session.clock
+        if self._step is None or clock.coming <= self._step:
+            return False
+        began = next((row.tick for row in self.record.ledger if row.step == self._step), None)
+        return (component, began) in self._before
 
     def _allow_skip(self, path: str, module: nn.Module) -> None:
         """Shadow a module's forward by one that returns what waits for it, if anything does."""
