@@ -258,9 +258,9 @@ def test_a_generator_closed_by_another_thread_says_so_and_frees_the_model(model,
 def test_a_read_restores_the_blocks_state_once_and_again_after_an_interrupt(model, monkeypatch):
     restored, restore = [], Ambient.restore
 
-    def counted(self):
+    def counted(self, now=None):
         restored.append(self)
-        restore(self)
+        restore(self, now)
         if len(restored) == 4:
             raise KeyboardInterrupt
 

@@ -99,13 +99,18 @@ def test_steps_that_go_back_are_refused(model, chosen):
         list(run.steps[chosen])
 
 
-def test_only_what_is_asked_for_has_a_hook_and_only_while_it_is(model):
+def test_only_what_is_asked_for_has_a_hook_and_one_until_the_run_ends(model):
+    middle, attention = model.unet.mid_block.module, model.unet.mid_block.attentions[0].transformer_blocks[0]
+    counted = []
     with generate(model) as run:
-        for _ in run.steps[:2]:
-            before = len(model.unet.mid_block.module._forward_hooks)
+        for _ in run.steps[:3]:
+            attention.attn2.heads.clone()
             model.unet.mid_block.output.clone()
-            assert len(model.unet.mid_block.module._forward_hooks) == before == 0
+            counted.append(len(middle._forward_hooks))
+            assert not attention.attn2.to_out[0].module._forward_pre_hooks
         assert not model.unet.conv_in.module._forward_hooks
+    assert len(set(counted)) == 1, "a place that is read in every step is hooked once"
+    assert not middle._forward_hooks
 
 
 def test_modules_outside_the_denoiser_are_read_before_and_after_it(model, whole):

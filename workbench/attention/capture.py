@@ -30,17 +30,18 @@ from workbench.tracing.session import Session
 from workbench.tracing.steps import Steps, covers, normal
 
 _HELD = 2 << 20
-"""Bytes of queries and keys, and of their weights, that may wait to be computed with those of later calls."""
+"""Bytes of queries and keys that may wait to be computed with later ones, and of the weights they come to."""
 
 
 @dataclass
 class _Waiting:
-    """Calls of a layer whose weights are computed at once: of a small layer, ten take as long as one."""
+    """Calls of like layers whose weights are computed at once: of small ones, ten take as long as one."""
 
     queries: Places
     columns: Places
     scale: float | None
-    rows: list[Row] = field(default_factory=list)
+    weights: int = 0
+    calls: list[tuple[str, Row]] = field(default_factory=list)
     query: list[torch.Tensor] = field(default_factory=list)
     key: list[torch.Tensor] = field(default_factory=list)
 
@@ -49,6 +50,7 @@ class _Waiting:
         return (
             self.query[0].shape == query.shape
             and self.key[0].shape == key.shape
+            and self.query[0].device == query.device
             and self.scale == other.scale
             and _same(self.queries, other.queries)
             and _same(self.columns, other.columns)
@@ -89,7 +91,8 @@ class Run:
         self._expected: set[str] = set()
         self._seen: set[str] = set()
         self._planned: set[str] = set()
-        self._waiting: dict[str, _Waiting] = {}
+        self._waiting: list[_Waiting] = []
+        self._waits_in: dict[str, _Waiting] = {}
         self._held = 0
 
     @contextmanager
@@ -185,16 +188,11 @@ class Run:
                 "as for perturbed guidance. Leave it out of Attention(sites=…), or switch that off."
             )
         queries, columns = self._choice(scope, query.shape[2], key.shape[2])
-        counts = [_count(each, total) for each, total in ((queries, query.shape[2]), (columns, key.shape[2]))]
-        tokens, places = counts[::-1] if self.asked.block == IMAGE_TO_TEXT else counts
-        cost = LayerCost(
-            scope.path, query.shape[1], query.shape[2], key.shape[2], query.shape[3], tokens, places
-        )
         plan = self._plan(row)
         new = scope.path not in self._planned
         if new:
             self._planned.add(scope.path)
-            plan.layers.append(cost)
+            plan.layers.append(self._cost(scope.path, query, key, queries, columns))
             self._fits = plan.fits
         if not self._fits:
             if row is not self._first and not self.planning:
@@ -208,7 +206,15 @@ class Run:
         self._take(scope.path, row, handed, queries, columns)
         if new:
             self._compute()
-            plan.layers[-1] = replace(cost, seconds=time.perf_counter() - began)
+            plan.layers[-1] = replace(plan.layers[-1], seconds=time.perf_counter() - began)
+
+    def _cost(
+        self, path: str, query: torch.Tensor, key: torch.Tensor, queries: Places, columns: Places
+    ) -> LayerCost:
+        """Return what a layer comes to."""
+        counts = [_count(each, total) for each, total in ((queries, query.shape[2]), (columns, key.shape[2]))]
+        tokens, places = counts[::-1] if self.asked.block == IMAGE_TO_TEXT else counts
+        return LayerCost(path, query.shape[1], query.shape[2], key.shape[2], query.shape[3], tokens, places)
 
     def _plan(self, row: Row) -> Plan:
         if self.plan is None:
@@ -231,7 +237,7 @@ class Run:
         return max(sum(covers(self._steps, each, total) for each in rows), 1)  # type: ignore[arg-type]
 
     def _check_plan(self) -> None:
-        if self.plan is not None and not self.planning:
+        if self.plan is not None and not self.planning and not self._fits:
             self.plan.check()
 
     def _take(self, path: str, row: Row, handed: Handed, queries: Places, columns: Places) -> None:
@@ -253,27 +259,34 @@ class Run:
         if handed.get("is_causal"):
             mask = causal(query.shape[2], key.shape[2], query.device)
         query, key = query[one].detach(), key[one].detach()
-        # The weights are there twice while they are computed: before and after the softmax.
-        held = query.nbytes + key.nbytes + 8 * query.shape[1] * query.shape[2] * key.shape[2]
-        at_once = mask is not None or self._held + held > _HELD
-        if not at_once:
-            query, key = query.clone(), key.clone()  # the layer may write others into the same memory
+        held = query.nbytes + key.nbytes
+        # They are there twice while they are computed: before and after the softmax.
+        size = 8 * query.shape[1] * query.shape[2] * key.shape[2]
         new = _Waiting(queries, columns, handed.get("scale"))
-        waiting = self._waiting.get(path)
-        if mask is not None or (waiting is not None and not waiting.takes(query, key, new)):
+        alike = next((each for each in self._waiting if each.takes(query, key, new)), new)
+        alone = mask is not None or max(held, size) > _HELD
+        full = self._held + held > _HELD or alike.weights + size > _HELD
+        if alone or full or self._waits_in.get(path, alike) is not alike:  # a layer's calls keep their order
             self._compute()
-        waiting = self._waiting.setdefault(path, new)
-        waiting.rows.append(row)
-        waiting.query.append(query)
-        waiting.key.append(key)
+            alike = new
+        if not alone:
+            query, key = query.clone(), key.clone()  # the layer may write others into the same memory
+        if alike is new:
+            self._waiting.append(new)
+        self._waits_in[path] = alike
+        alike.calls.append((path, row))
+        alike.query.append(query)
+        alike.key.append(key)
+        alike.weights += size
         self._held += held
-        if at_once:
+        if alone:
             self._compute(mask)
 
     def _compute(self, mask: torch.Tensor | None = None) -> None:
         """Compute the weights of the calls that wait, ``([heads,] queries, columns)`` each, and keep them."""
-        waiting, self._waiting, self._held = self._waiting, {}, 0
-        for path, each in waiting.items():
+        waiting, self._waiting, self._held = self._waiting, [], 0
+        self._waits_in.clear()
+        for each in waiting:
             query, key = (torch.cat(some) if len(some) > 1 else some[0] for some in (each.query, each.key))
             # In the pipeline or after its end, what surrounds it there is not to make a difference.
             with (
@@ -294,7 +307,7 @@ class Run:
                 if self.asked.block == IMAGE_TO_TEXT:
                     values = values.transpose(-1, -2)
                 if not self.planning:
-                    for row, value in zip(each.rows, values, strict=True):
+                    for (path, row), value in zip(each.calls, values, strict=True):
                         self._keep(path, row, value)
 
     def _choice(self, scope: Scope, queries: int, keys: int) -> tuple[Places, Places]:
@@ -347,7 +360,7 @@ class Run:
         """Note that a layer's weights of a call are kept."""
         self._rows.setdefault(row.call, row)
         rows = self._layer_rows.setdefault(path, [])
-        if row in rows[-1:]:
+        if rows and rows[-1].call == row.call:
             raise GuardError(
                 f"{path} computes attention twice in call {row.call}, as for an image prompt or perturbed "
                 "guidance, so it has no one map. Leave it out of Attention(sites=…), or switch that off."

@@ -18,12 +18,11 @@ def check(pipeline: Any, arguments: Mapping[str, Any]) -> None:
         UnknownNameError: an argument the pipeline does not have.
         InputError: an empty prompt, or one that is no text; steps that are no positive number.
     """
+    parameters = inspect.signature(pipeline).parameters
     known = {
-        name: each
-        for name, each in inspect.signature(pipeline).parameters.items()
-        if each.kind is not inspect.Parameter.VAR_KEYWORD
+        name: each for name, each in parameters.items() if each.kind is not inspect.Parameter.VAR_KEYWORD
     }
-    if not _takes_others(pipeline):
+    if len(known) == len(parameters) or not _takes_others(pipeline):
         for name in arguments:
             if name not in known and name not in _LEGACY:
                 raise UnknownNameError(f"{type(pipeline).__name__} takes no {name!r}.{nearest(name, known)}")
@@ -68,14 +67,11 @@ def count_images(arguments: Mapping[str, Any]) -> int:
 
 
 def _takes_others(pipeline: Any) -> bool:
-    """Whether names beyond the signature may mean something.
+    """Whether names that go into a call's ``**kwargs`` may mean something.
 
     The pipelines of diffusers that end in ``**kwargs`` take `_LEGACY` there and drop all else without a
     word, so that a misspelt argument would go unnoticed.
     """
-    signature = inspect.signature(pipeline)
-    if not any(each.kind is inspect.Parameter.VAR_KEYWORD for each in signature.parameters.values()):
-        return False
     return not inspect.unwrap(type(pipeline).__call__).__module__.startswith("diffusers.pipelines.")
 
 

@@ -15,11 +15,11 @@ _DEVICES = ("cpu", "cuda")
 
 
 def _function_modes() -> list[Any]:
-    return list(_get_current_function_mode_stack())  # type: ignore[no-untyped-call]
+    return _get_current_function_mode_stack()  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _dispatch_modes() -> list[Any]:
-    return list(dispatch._get_current_dispatch_mode_stack())
+    return dispatch._get_current_dispatch_mode_stack()
 
 
 def _autocast() -> list[tuple[str, bool, torch.dtype]]:
@@ -63,20 +63,23 @@ class Ambient:
     function_modes: list[Any] = field(default_factory=_function_modes)
     dispatch_modes: list[Any] = field(default_factory=_dispatch_modes)
 
-    def restore(self) -> None:
-        """Make this the thread's state."""
-        torch.set_grad_enabled(self.grad)
-        for device, enabled, dtype in self.autocast:
-            torch.set_autocast_enabled(device, enabled)
-            torch.set_autocast_dtype(device, dtype)
+    def restore(self, now: Ambient | None = None) -> None:
+        """Make this the thread's state, which now is ``now``; None is not known, as after an interrupt."""
+        now = now or Ambient()
         if self.noise is not None:
             torch.set_rng_state(self.noise)
-        if _dispatch_modes() != self.dispatch_modes:
+        if self.grad != now.grad:
+            torch.set_grad_enabled(self.grad)
+        if self.autocast != now.autocast:
+            for device, enabled, dtype in self.autocast:
+                torch.set_autocast_enabled(device, enabled)
+                torch.set_autocast_dtype(device, dtype)
+        if self.dispatch_modes != now.dispatch_modes:
             for mode in reversed(_dispatch_modes()):
                 dispatch._pop_mode(getattr(mode, "_mode_key", None))
             for mode in self.dispatch_modes:
                 dispatch._push_mode(mode)
-        if _function_modes() != self.function_modes:
+        if self.function_modes != now.function_modes:
             for _ in _function_modes():
                 _pop_mode()  # type: ignore[no-untyped-call]
             for mode in self.function_modes:

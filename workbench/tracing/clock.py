@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -122,9 +123,9 @@ class Clock:
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             scheduler, denoiser = self._stages.scheduler, self.system.denoisers[component]
             given = told(denoiser, args, kwargs)
-            timestep = self._next_timestep(scheduler, told_time(denoiser, given))
+            timestep = self._next_timestep(told_time(denoiser, given))
             self._stages.called(self.ticks, timestep)
-            earlier = sum(1 for row in self.ledger if row.tick == self.ticks)
+            earlier = sum(1 for _ in self._of_this_tick())
             row = Row(
                 call=len(self.ledger),
                 tick=self.ticks,
@@ -211,22 +212,24 @@ class Clock:
 
     def _confirm(self, scheduler: Any, timestep: float) -> None:
         """Write what the scheduler was really stepped with into the rows of this tick."""
-        for row in reversed(self.ledger):
-            if row.tick != self.ticks:
-                break
+        for row in self._of_this_tick():
             if row.timestep != timestep:
                 sigma = prediction.sigma(scheduler, timestep)
                 self.ledger.amend(row.model_copy(update={"timestep": timestep, "sigma": sigma}))
 
-    def _next_timestep(self, scheduler: Any, value: float) -> float:
-        timesteps = getattr(scheduler, "timesteps", None)
-        if timesteps is None or len(timesteps) == 0:
+    def _of_this_tick(self) -> Iterator[Row]:
+        """Give the calls of the tick that comes, the last first."""
+        return takewhile(lambda row: row.tick == self.ticks, reversed(self.ledger))
+
+    def _next_timestep(self, value: float) -> float:
+        """Return the time a denoiser is called with in the scheduler's own unit, which the ledger speaks."""
+        known = self._stages.timesteps
+        position = getattr(self._stages.scheduler, "step_index", None)
+        if position is not None and int(position) < len(known):
+            return known[int(position)]
+        if not known or value in known:
             return value
-        position = getattr(scheduler, "step_index", None)
-        if position is not None and int(position) < len(timesteps):
-            return float(timesteps[int(position)])
-        # Flow pipelines hand the denoiser t/1000; the scheduler's own unit is what the ledger speaks.
-        known = [float(each) for each in timesteps]
+        # Flow pipelines hand the denoiser t/1000.
         for candidate in (value, value * 1000, 1000 - value * 1000):
             close = min(known, key=lambda each: abs(each - candidate))
             if abs(close - candidate) <= 1e-3 * max(abs(candidate), 1):

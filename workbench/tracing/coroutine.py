@@ -112,14 +112,15 @@ class Coroutine:
         """Go into the body with its torch state, and come back with the outside's."""
         self.check_thread()
         coroutine.parent = greenlet.getcurrent()
-        outside, restored = self._now(), False
+        outside, left, restored = self._now(), None, False
         try:
             try:
                 if self._inside is not None:
-                    self._inside.restore()
+                    self._inside.restore(outside)
                 into()
+                left = self._inside
             finally:
-                outside.restore()
+                outside.restore(left)
                 restored = True
         finally:
             # An interrupt may have come in the middle of the first.

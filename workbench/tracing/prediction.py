@@ -7,6 +7,7 @@ al. 2022, arXiv:2206.00364), flow matching (Lipman et al. 2022, arXiv:2210.02747
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -122,15 +123,18 @@ def _unclipped(scheduler: Any, out: torch.Tensor, x: torch.Tensor, timestep: flo
         # Karras et al. 2022, eq. 7: what the network predicts is scaled by its noise level.
         preconditioned: torch.Tensor = scheduler.precondition_outputs(x, out, sigma(scheduler, timestep))
         return preconditioned
-    norm = (signal**2 + noise**2) ** 0.5
-    by_kind: dict[str, torch.Tensor | None] = {
-        "epsilon": (x - noise * out) / signal if signal else None,
-        # v is defined on x / norm: with x = a·x₀ + b·ε, norm² = a² + b².
-        "v_prediction": signal / norm * (x / norm) - noise / norm * out,
-        "flow": x - noise * out,
-        "sample": out,
-    }
-    return by_kind.get(kind(scheduler))
+    match kind(scheduler):
+        case "epsilon":
+            return (x - noise * out) / signal if signal else None
+        case "v_prediction":
+            # v is defined on x / norm: with x = a·x₀ + b·ε, norm² = a² + b².
+            norm = math.hypot(signal, noise)
+            return signal / norm * (x / norm) - noise / norm * out
+        case "flow":
+            return x - noise * out
+        case "sample":
+            return out
+    return None
 
 
 def _at_midpoint(scheduler: Any) -> bool:

@@ -20,7 +20,7 @@ from workbench.tracing.ports import hook_port
 from workbench.tracing.record import Passage, Record, RunSpec
 from workbench.tracing.replay import Replay
 from workbench.tracing.rig import Rig, Target
-from workbench.tracing.sites import Site, resolve_all
+from workbench.tracing.sites import Site, bare, resolve_all
 from workbench.tracing.structure import keep, keep_tensor, pick, put
 from workbench.tracing.system import System
 
@@ -215,12 +215,12 @@ class Session:
         found: dict[Site, _Wanted] = defaultdict(_Wanted)
         for edit in self.edits:
             for site in edit.sites:
-                found[_place(site)].edits.append((site, edit))
+                found[bare(site)].edits.append((site, edit))
         for taker in self.takers:
             for site in taker.sites:
-                found[_place(site)].takers.append((site, taker))
+                found[bare(site)].takers.append((site, taker))
         for site in self.capture:
-            found[_place(site)].captures.append((site, self.record.captured[str(site)]))
+            found[bare(site)].captures.append((site, self.record.captured[str(site)]))
         return dict(found)
 
     def _hook(self, place: Site, target: Target, wanted: _Wanted) -> None:
@@ -327,8 +327,3 @@ class _Wanted:
     edits: list[tuple[Site, Edit]] = field(default_factory=list)
     takers: list[tuple[Site, Taker]] = field(default_factory=list)
     captures: list[tuple[Site, list[Passage]]] = field(default_factory=list)
-
-
-def _place(site: Site) -> Site:
-    """Return the port that a site is at, whatever part of its value it selects."""
-    return Site(site.path, site.port) if site.leaf else site

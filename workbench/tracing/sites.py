@@ -66,6 +66,11 @@ class Site:
         return f"{self.path}:{self.port}{spell(self.leaf)}"
 
 
+def bare(site: Site) -> Site:
+    """Return the port that a site is at, whatever part of its value it selects."""
+    return Site(site.path, site.port) if site.leaf else site
+
+
 def modules(components: Mapping[str, Any]) -> dict[str, nn.Module]:
     """Return every module by its path (``unet``, ``unet.conv_in``, …), components first."""
     found: dict[str, nn.Module] = {}

@@ -47,13 +47,13 @@ class Stages:
         order = int(getattr(self.scheduler, "order", 1) or 1)
         steps = getattr(self.scheduler, "num_inference_steps", None)
         warm_up = max(len(self.scheduler.timesteps) - int(steps) * order, 0) if steps else 0
-        done = range(1, tick - self._first_tick + 1)
-        return self._first_step + sum(1 for each in done if each > warm_up and each % order == 0)
+        done = tick - self._first_tick
+        return self._first_step + max(done // order - warm_up // order, 0)
 
     @property
     def total(self) -> int | None:
         """How many steps the run will have; None as long as a later stage is to come, or nothing is known."""
-        timesteps = self._timesteps()
+        timesteps = self.timesteps
         if not timesteps or len(self._told) < self._expected():
             return None
         begin = getattr(self.scheduler, "begin_index", None)
@@ -66,7 +66,7 @@ class Stages:
         Where a timestep comes twice, as PNDM's second does, the calls that follow tell where it began.
         """
         self._told.add(id(self.scheduler))
-        timesteps, done = self._timesteps(), tick - self._first_tick
+        timesteps, done = self.timesteps, tick - self._first_tick
         begins = self._begins or range(len(timesteps))
         fitting = [
             begin for begin in begins if begin + done < len(timesteps) and timesteps[begin + done] == timestep
@@ -99,8 +99,9 @@ class Stages:
         """
         return min(len(self._system.schedulers), max(len(self._system.denoisers), 1))
 
-    def _timesteps(self) -> list[float]:
-        """Return the scheduler's timesteps; a list from one to zero also names the end, which is no step."""
+    @property
+    def timesteps(self) -> list[float]:
+        """The scheduler's timesteps; a list from one to zero also names the end, which is no step."""
         timesteps = getattr(self.scheduler, "timesteps", None)
         if timesteps is not self._read:
             known = [] if timesteps is None else [float(each) for each in _listed(timesteps)]

@@ -41,6 +41,8 @@ def keep(value: Any) -> Any:
     """Return a copy of ``value`` on the CPU that no later in-place edit can change."""
     if type(value) is torch.Tensor:
         return keep_tensor(value)  # as nearly always, and thousands of times a run
+    if type(value) is tuple:
+        return tuple(keep(item) for item in value)
     return map_tensors(value, keep_tensor)
 
 

@@ -82,7 +82,7 @@ def is_denoiser(part: Any) -> bool:
 def kind_of(part: Any) -> Any:
     """Return a component's class; ``torch.compile(module)`` and DDP wrap it in one of their own."""
     inner = part.module if isinstance(part, DistributedDataParallel) else part
-    return type(getattr(inner, "_orig_mod", inner))
+    return type(getattr(inner, "_modules", {}).get("_orig_mod", inner))
 
 
 def told(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,10 +92,18 @@ def told(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
 
 def told_time(denoiser: nn.Module, given: Mapping[str, Any]) -> float:
     """Return the time a denoiser is called with, in its own unit; of the first row where each has one."""
-    names = parameters(kind_of(denoiser).forward)[1:]
-    return next((as_number(given[name]) for name in names if name in _TIME_ARGUMENTS & set(given)), 0.0)
+    names = _times(kind_of(denoiser).forward)
+    return next((as_number(given[name]) for name in names if name in given), 0.0)
 
 
 def as_number(value: Any) -> float:
     """Return a number, or the first of a tensor's."""
-    return float(value.flatten()[0]) if isinstance(value, torch.Tensor) else float(value or 0)
+    if not isinstance(value, torch.Tensor):
+        return float(value or 0)
+    return float(value if value.numel() == 1 else value.flatten()[0])
+
+
+@lru_cache(maxsize=256)
+def _times(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the parameters of a denoiser's forward that say a time."""
+    return tuple(name for name in parameters(forward)[1:] if name in _TIME_ARGUMENTS)

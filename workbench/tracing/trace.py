@@ -21,7 +21,7 @@ from workbench.tracing.reads import ReadTensor, plain, read
 from workbench.tracing.record import Record
 from workbench.tracing.rig import Method, Owned, Rig, Target
 from workbench.tracing.session import Session
-from workbench.tracing.sites import Site, resolve, resolve_all
+from workbench.tracing.sites import Site, bare, resolve, resolve_all
 from workbench.tracing.structure import Leaf, check_fit, describe, pick, put
 from workbench.tracing.values import RunValues
 from workbench.tracing.walk import Steps
@@ -71,7 +71,8 @@ class Trace(RunValues):
         self._catch: Callable[[Row], bool] | None = None
         self._ending = "by itself"
         self._open_paths: set[str] = set()
-        self._targets: dict[Site, Target] = {}
+        self._targets: dict[Site, tuple[Target, ...]] = {}
+        self._standing: set[Site] = set()
         self._stand_ins: dict[str, list[Any]] = {}
         self._stopped = False
 
@@ -198,7 +199,7 @@ class Trace(RunValues):
             OutOfOrderError: the module has been entered already in this call.
         """
         place = Site(path, "inputs")
-        target = self._target_at(place)
+        target, *_ = self._targets_at(place)
         if isinstance(target, Method):
             raise InputError(f"{path} is a method; only a module can be skipped.")
         self._allow_skip(path, target)
@@ -318,20 +319,18 @@ class Trace(RunValues):
 
     def _reach(self, site: Site) -> Site:
         """Let the pipeline run until the value at ``site`` passes, if it has not; return its place."""
-        place = Site(site.path, "inputs" if site.port == "input" else site.port)
+        place = Site(site.path, "inputs") if site.port == "input" else bare(site)
         self._forget_past_calls()
         if place not in self._seen:
             self._run_to(place)
         return place
 
     def _run_to(self, place: Site) -> None:
-        target = self._target_at(place)
+        targets = self._targets_at(place)
         row = self._pause.row if self._pause is not None else None
         self._within = row if row is not None and _component(place) == row.component else None
         self._wanted, self._early = place, False
-        # At an entrance there is a hook already, and one that is taken off in a call breaks those behind it.
-        entrance = place.port == "inputs" and place.path in self._session.system.denoisers
-        hooks = [] if entrance else self._hook_once(place)
+        hooks = self._hook(place, targets)
         try:
             self._resume()
         finally:
@@ -339,21 +338,32 @@ class Trace(RunValues):
             for hook in hooks:
                 self._session.rig.drop(hook)
         if self._pause is None or self._pause.place != place:
-            raise OutOfOrderError(self._missed(place, target, within))
+            raise OutOfOrderError(self._missed(place, targets[0], within))
 
-    def _target_at(self, place: Site) -> Target:
+    def _targets_at(self, place: Site) -> tuple[Target, ...]:
         if place not in self._targets:
             components = self._session.system.components
-            target = resolve(components, place.path)
+            targets = resolve_all(components, place.path)
             check(components, [place])
-            self._targets[place] = target
+            self._targets[place] = targets
         return self._targets[place]
 
-    def _hook_once(self, place: Site) -> list[Owned]:
-        self._keep_hookable(place.path, itself=place.port not in ("output", "input", "inputs"))
-        targets = resolve_all(self._session.system.components, place.path)
+    def _hook(self, place: Site, targets: tuple[Target, ...]) -> list[Owned]:
+        """Hook a place that is waited for; returns what is to come off again when it has passed.
+
+        What a module takes and returns is watched until the run ends: it is most likely asked for in the
+        next step too, and costs next to nothing there. Other values may have to be computed.
+        """
+        if place in self._standing:
+            return []
+        stays = place.port in ("inputs", "output")
+        self._keep_hookable(place.path, itself=not stays)
         pass_by = partial(self._pass, place)
-        return [hook_port(self._session.rig, target, place.port, pass_by) for target in targets]
+        hooks = [hook_port(self._session.rig, target, place.port, pass_by) for target in targets]
+        if not stays:
+            return hooks
+        self._standing.add(place)
+        return []
 
     def _open_entrances(self, rig: Rig) -> None:
         """Watch what each denoiser is called with.
@@ -368,13 +378,16 @@ class Trace(RunValues):
         for name, module in self._session.system.denoisers.items():
             place = Site(name, "inputs")
             hook_port(rig, module, "inputs", partial(self._pass, place))
+            self._standing.add(place)
             # A call looks its forward up before its hooks run, so what may stand in for it is put there now.
             self._allow_skip(name, module)
 
     def _pass(self, place: Site, value: Any) -> Any:
         """In the pipeline: hand a value over, if it is the one that is waited for."""
+        if self._wanted != place:
+            return value
         row = self._session.clock.now
-        if self._wanted != place or (place in self._seen and self._seen_in is row):
+        if place in self._seen and self._seen_in is row:
             return value
         if row is None and self._is_early(_component(place)):
             self._early = True
