@@ -87,9 +87,9 @@ def resolve_all(components: Mapping[str, Any], path: str) -> tuple[Target, ...]:
     Raises:
         UnknownNameError: there is none; the message lists the nearest paths.
     """
-    schedulers = {id(part): part for part in components.values() if is_scheduler(part)}
-    if path == TICK and schedulers:
-        return tuple(Method(each, "step") for each in schedulers.values())
+    if path == TICK:
+        schedulers = {id(part): part for part in components.values() if is_scheduler(part)}
+        return tuple(Method(each, "step") for each in schedulers.values()) or (resolve(components, path),)
     return (resolve(components, path),)
 
 
