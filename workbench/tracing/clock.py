@@ -223,10 +223,10 @@ class Clock:
 
     def _next_timestep(self, value: float) -> float:
         """Return the time a denoiser is called with in the scheduler's own unit, which the ledger speaks."""
-        known = self._stages.timesteps
-        position = getattr(self._stages.scheduler, "step_index", None)
+        scheduler, known = self._stages.scheduler, self._stages.timesteps
+        position = getattr(scheduler, "step_index", None)
         if position is not None and int(position) < len(known):
-            return known[int(position)]
+            return float(scheduler.timesteps[int(position)])  # a loop may have changed it in place
         if not known or value in known:
             return value
         # Flow pipelines hand the denoiser t/1000.

@@ -108,6 +108,7 @@ class Session:
         self.takers = [each for each in self.probes if isinstance(each, Taker)]
         self.replay = replay
         self.attached: list[Callable[[Rig], None]] = []
+        self.ready: list[Callable[[], None]] = []
         self.recomputing = False
         self.rig = Rig()
         self.clock = Clock(system, rows, arguments.get("prompt"))
@@ -120,6 +121,8 @@ class Session:
     def run(self) -> Record:
         """Run to the end."""
         with self.watching() as record, self._noise():
+            for listener in self.ready:
+                listener()
             record.output = self.system.call(**self.arguments)
         return record
 
@@ -127,6 +130,7 @@ class Session:
         """Hold nothing in circles, after the run's end: what it kept then lives as long as its record."""
         self.rig.forget()
         self.attached.clear()
+        self.ready.clear()
         for told in (self.clock.started, self.clock.finished, self.clock.ticked):
             told.clear()
 

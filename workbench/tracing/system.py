@@ -82,7 +82,8 @@ def is_denoiser(part: Any) -> bool:
 def kind_of(part: Any) -> Any:
     """Return a component's class; ``torch.compile(module)`` and DDP wrap it in one of their own."""
     inner = part.module if isinstance(part, DistributedDataParallel) else part
-    return type(getattr(inner, "_modules", {}).get("_orig_mod", inner))
+    modules = getattr(inner, "_modules", ())  # of a scripted module no dict
+    return type(inner._orig_mod if "_orig_mod" in modules else inner)
 
 
 def told(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

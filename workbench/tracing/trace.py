@@ -71,9 +71,10 @@ class Trace(RunValues):
         self._catch: Callable[[Row], bool] | None = None
         self._ending = "by itself"
         self._open_paths: set[str] = set()
-        self._targets: dict[Site, tuple[Target, ...]] = {}
-        self._standing: set[Site] = set()
-        self._stand_ins: dict[str, list[Any]] = {}
+        self._checked: set[Site] = set()
+        self._hookable: set[Site] = set()
+        self._stand_ins: dict[nn.Module, list[Any]] = {}
+        self._installed = False
         self._stopped = False
 
     def __enter__(self) -> Self:
@@ -83,6 +84,7 @@ class Trace(RunValues):
             self._begin(self)
             self._session.clock.started.append(self._call_starts)
             self._session.attached.append(self._open_entrances)
+            self._session.ready.append(self._coroutine.wait)
             self._coroutine.begin()
             return self
         except BaseException:
@@ -202,12 +204,11 @@ class Trace(RunValues):
         target, *_ = self._targets_at(place)
         if isinstance(target, Method):
             raise InputError(f"{path} is a method; only a module can be skipped.")
-        self._allow_skip(path, target)
         self._reach(place)
-        if self._pause is None or self._pause.place != place:
+        if self._pause is None or self._pause.place != place or target not in self._stand_ins:
             raise OutOfOrderError(f"{path} is running already; the run is at {self._spot()}. Skip it before.")
         note(self.record, Site(path), self._pause.row)
-        self._stand_ins[path].append(plain(value))
+        self._stand_ins[target].append(plain(value))
 
     def gradient(self, number: torch.Tensor, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the derivative of a number with respect to values that were read before it.
@@ -326,11 +327,14 @@ class Trace(RunValues):
         return place
 
     def _run_to(self, place: Site) -> None:
+        self._start(place)
         targets = self._targets_at(place)
         row = self._pause.row if self._pause is not None else None
         self._within = row if row is not None and _component(place) == row.component else None
         self._wanted, self._early = place, False
-        hooks = self._hook(place, targets)
+        # At an entrance there is a hook already, and one that is taken off in a call breaks those behind it.
+        entrance = place.port == "inputs" and place.path in self._session.system.denoisers
+        hooks = [] if entrance else self._hook_once(place, targets)
         try:
             self._resume()
         finally:
@@ -341,29 +345,22 @@ class Trace(RunValues):
             raise OutOfOrderError(self._missed(place, targets[0], within))
 
     def _targets_at(self, place: Site) -> tuple[Target, ...]:
-        if place not in self._targets:
-            components = self._session.system.components
-            targets = resolve_all(components, place.path)
+        """Return what to hook for a place, as the model has it now: a block may exchange a module."""
+        components = self._session.system.components
+        targets = resolve_all(components, place.path)
+        if place not in self._checked:
             check(components, [place])
-            self._targets[place] = targets
-        return self._targets[place]
+            self._checked.add(place)
+        return targets
 
-    def _hook(self, place: Site, targets: tuple[Target, ...]) -> list[Owned]:
-        """Hook a place that is waited for; returns what is to come off again when it has passed.
-
-        What a module takes and returns is watched until the run ends: it is most likely asked for in the
-        next step too, and costs next to nothing there. Other values may have to be computed.
-        """
-        if place in self._standing:
-            return []
-        stays = place.port in ("inputs", "output")
-        self._keep_hookable(place.path, itself=not stays)
+    def _hook_once(self, place: Site, targets: tuple[Target, ...]) -> list[Owned]:
+        if place not in self._hookable:
+            self._hookable.add(place)
+            self._keep_hookable(place.path, itself=place.port not in ("output", "input", "inputs"))
+        if place.port == "inputs" and isinstance(targets[0], nn.Module):
+            self._allow_skip(targets[0])
         pass_by = partial(self._pass, place)
-        hooks = [hook_port(self._session.rig, target, place.port, pass_by) for target in targets]
-        if not stays:
-            return hooks
-        self._standing.add(place)
-        return []
+        return [hook_port(self._session.rig, target, place.port, pass_by) for target in targets]
 
     def _open_entrances(self, rig: Rig) -> None:
         """Watch what each denoiser is called with.
@@ -378,9 +375,7 @@ class Trace(RunValues):
         for name, module in self._session.system.denoisers.items():
             place = Site(name, "inputs")
             hook_port(rig, module, "inputs", partial(self._pass, place))
-            self._standing.add(place)
-            # A call looks its forward up before its hooks run, so what may stand in for it is put there now.
-            self._allow_skip(name, module)
+            self._allow_skip(module)
 
     def _pass(self, place: Site, value: Any) -> Any:
         """In the pipeline: hand a value over, if it is the one that is waited for."""
@@ -389,6 +384,8 @@ class Trace(RunValues):
         row = self._session.clock.now
         if place in self._seen and self._seen_in is row:
             return value
+        if _call_of(row) != _call_of(self._seen_in):
+            self._seen.clear()
         if row is None and self._is_early(_component(place)):
             self._early = True
             return value
@@ -406,11 +403,14 @@ class Trace(RunValues):
         began = next((row.tick for row in self.record.ledger if row.step == self._step), None)
         return (component, began) in self._before
 
-    def _allow_skip(self, path: str, module: nn.Module) -> None:
-        """Shadow a module's forward by one that returns what waits for it, if anything does."""
-        if path in self._stand_ins:
+    def _allow_skip(self, module: nn.Module) -> None:
+        """Shadow a module's forward by one that returns what waits for it, if anything does.
+
+        A call looks its forward up before its hooks run: when its inputs have been read, it is too late.
+        """
+        if module in self._stand_ins:
             return
-        waiting = self._stand_ins[path] = []
+        waiting = self._stand_ins[module] = []
 
         def shadow(forward: Callable[..., Any]) -> Callable[..., Any]:
             return lambda *args, **kwargs: waiting.pop() if waiting else forward(*args, **kwargs)
@@ -443,17 +443,31 @@ class Trace(RunValues):
         self._pause = pause
         self._coroutine.wait()
 
-    def _resume(self) -> None:
-        """In the block: let the pipeline go on until it waits or ends."""
+    def _start(self, wanted: Site | None = None) -> None:
+        """In the block: let the run put its own hooks on the model, if it has not; the block's come after.
+
+        Raises:
+            TraceError: the run has ended, or its block was not entered.
+        """
         if self.ended or not self._coroutine.begun:
-            asked = f"{self._wanted} passes no more: the run has" if self._wanted else "The run has"
+            asked = f"{wanted} passes no more: the run has" if wanted else "The run has"
             raise TraceError(
                 f"{asked} ended {self._ending}, after {self.record.ledger.steps} steps. Ask for a value "
                 "before those that come after it, inside the with block."
             )
         self._coroutine.check_thread()
+        if not self._installed:
+            self._installed = True
+            self._go_on()
+
+    def _resume(self) -> None:
+        """In the block: let the pipeline go on until it waits or ends."""
+        self._start(self._wanted)
         self._session.system.check_unchanged()
         self._pause = None
+        self._go_on()
+
+    def _go_on(self) -> None:
         try:
             self._coroutine.resume()
         except BaseException as error:
@@ -504,6 +518,10 @@ class Trace(RunValues):
             if self._pause.row is None
             else f"{at}, step {self._pause.row.step}, call {self._pause.row.call}"
         )
+
+
+def _call_of(row: Row | None) -> int | None:
+    return None if row is None else row.call
 
 
 def _component(place: Site) -> str:
