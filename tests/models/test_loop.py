@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, UniPCMultistepScheduler
+from diffusers import DDPMScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler
 from PIL import Image
 
 import workbench as wb
@@ -535,3 +535,53 @@ def test_what_is_no_loop_is_refused(function, parts, said):
     _, components = unconditional()
     with pytest.raises(InputError, match=said):
         wb.trace_loop(function, components={name: components[name] for name in parts})
+
+
+def test_timesteps_that_a_loop_changes_on_the_way_are_told_as_each_call_begins():
+    pipeline = tiny.ddpm()
+    unet, scheduler = pipeline.unet, EulerDiscreteScheduler()
+
+    def loop():
+        scheduler.set_timesteps(4)
+        sample = torch.randn(1, 3, unet.config.sample_size, unet.config.sample_size)
+        for position in range(4):
+            if position == 2:
+                scheduler.timesteps[2:] /= 2
+            t = scheduler.timesteps[position]
+            with torch.no_grad():
+                predicted = unet(scheduler.scale_model_input(sample, t), t).sample
+            sample = scheduler.step(predicted, t, sample).prev_sample
+        return sample
+
+    told = []
+
+    class Listener:
+        def started(self, row):
+            told.append(row.timestep)
+
+        def ticked(self, tick, latents):
+            pass
+
+    model = wb.trace_loop(loop, components={"unet": unet, "scheduler": scheduler})
+    record = model.record(seed=0, listener=Listener())
+    assert told == [row.timestep for row in record.ledger] == [float(each) for each in scheduler.timesteps]
+
+
+def test_a_part_in_torchscript_is_watched_from_outside():
+    """A scripted module's children are in no dict of Python."""
+    pipeline = tiny.sd1()
+    pipeline.vae.post_quant_conv = torch.jit.trace(pipeline.vae.post_quant_conv, torch.zeros(1, 4, 8, 8))
+    for scripted in (
+        torch.jit.script(torch.nn.Linear(2, 2)),
+        torch.jit.trace(torch.nn.ReLU(), torch.ones(1)),
+    ):
+        loop, components = unconditional()
+        record = wb.trace_loop(loop, components={**components, "scorer": scripted}).record(seed=0)
+        assert record.ledger.steps == 4
+    model = wb.DiffusionModel(pipeline)
+    record = model.record("a red circle", num_inference_steps=2, capture=["vae.decoder"])
+    assert len(record["vae.decoder"]) == 1
+    with model.generate("a red circle", num_inference_steps=2):
+        assert model.vae.decoder.output.any()
+        with pytest.raises(GuardError, match=r"vae\.post_quant_conv is TorchScript, which takes no hooks"):
+            model.vae.post_quant_conv.output.sum()

@@ -12,7 +12,7 @@ from workbench.attention.geometry import Given, Scope, aspect_of, by_name, is_at
 from workbench.attention.tap import Handed, Look, Rest, Tap
 from workbench.attention.words import Word, closest, reading, words_of
 from workbench.errors import UnknownNameError, nearest
-from workbench.tracing.guards import check_maps
+from workbench.tracing.guards import check_maps, hookable
 from workbench.tracing.session import Session
 from workbench.tracing.sites import modules
 
@@ -89,7 +89,8 @@ class Watch:
             tap.locate(path, known.get(path.rpartition(".")[0]))
             tap.add(self._turn, self._see, self._wanted)
         for name, component in system.components.items():
-            if isinstance(component, nn.Module) and name not in system.denoisers:
+            other = isinstance(component, nn.Module) and name not in system.denoisers
+            if other and hookable(system.components, name):
                 self._watch_reader(name, component)
         for denoiser in system.denoisers.values():
             rig.before(denoiser, self._see_sample)

@@ -100,9 +100,9 @@ class ModuleProxy(Ported):
         self._trace().skip(self._path, value)
 
     def __getattr__(self, name: str) -> Any:
-        child = self._target._modules.get(name)
-        if child is not None:
-            return ModuleProxy(f"{self._path}.{name}", child, self._home)
+        children = self._target._modules  # of a scripted module no dict
+        if name in children and children[name] is not None:
+            return ModuleProxy(f"{self._path}.{name}", children[name], self._home)
         # An attention layer's number of heads is called like the port; in a run the port is meant.
         if name in PORTS and (self._home.current() is not None or not hasattr(self._target, name)):
             return super().__getattr__(name)

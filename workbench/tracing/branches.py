@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from workbench.errors import UnknownNameError, nearest
 from workbench.tracing.ledger import ALL, GUIDED
 from workbench.tracing.rig import Rig
 from workbench.tracing.structure import leaves
-from workbench.tracing.system import System, kind_of
+from workbench.tracing.system import System, kind_of, taken
 
 _BOTH = "cond_uncond"
 _MOST = 16
@@ -69,10 +68,7 @@ class Branches:
     def attach(self, rig: Rig) -> None:
         """Watch what the text encoders make of the words: it tells the branches of a batch apart."""
         for part in self._system.components.values():
-            if (
-                isinstance(part, nn.Module)
-                and "input_ids" in inspect.signature(type(part).forward).parameters
-            ):
+            if isinstance(part, nn.Module) and "input_ids" in taken(type(part)):
                 rig.after(part, self._encoded)
 
     def of(

@@ -29,6 +29,8 @@ Derivatives are refused under gradient checkpointing: it computes parts of a cal
 nothing of the run is there to make its changes. A loop written by hand may take them itself, so there it is a
 call with gradients on that is refused.
 
+A module in TorchScript takes no hooks: it is refused where it is asked for, and runs unseen where it is not.
+
 A cached denoiser cannot be forked since replay stands in for its forward, and the cache would lack what
 the repeated steps put there.
 """
@@ -42,6 +44,7 @@ from itertools import pairwise
 from types import CodeType
 from typing import Any
 
+import torch
 from torch import nn
 
 from workbench.errors import GuardError
@@ -160,7 +163,7 @@ def check_graph(denoisers: Mapping[str, nn.Module]) -> None:
 
 
 def hookable(components: Mapping[str, Any], path: str) -> bool:
-    """Whether a hook at ``path`` changes nothing: not inside of what is compiled."""
+    """Whether a hook at ``path`` fires and changes nothing: not inside of what is compiled."""
     return _compiled(Place.at(components, path)) is None
 
 
@@ -175,7 +178,8 @@ def _as_built(module: nn.Module) -> bool:
     """Whether nothing has been set on a module that `_compiled`, `_cached` or `_fused` look for."""
     own = vars(module)
     return not (
-        type(module).__name__ == "OptimizedModule"
+        isinstance(module, torch.jit.ScriptModule)
+        or type(module).__name__ == "OptimizedModule"
         or own.get("_compiled_call_impl") is not None
         or "_diffusers_hook" in own
         or own.get("fused_projections", False)
@@ -184,6 +188,11 @@ def _as_built(module: nn.Module) -> bool:
 
 def _compiled(place: Place) -> str | None:
     for path, module in place.around:
+        if isinstance(module, torch.jit.ScriptModule):
+            return (
+                f"{path} is TorchScript, which takes no hooks. Trace what lies outside of it, or put the "
+                "module that it was made of in its place."
+            )
         wrapped = type(module).__name__ == "OptimizedModule"
         outside = wrapped and path == place.path
         if not outside and (wrapped or _compiles_itself(module)) and not _runs_eagerly():

@@ -116,7 +116,10 @@ def resolve(components: Mapping[str, Any], path: str) -> Target:
 
 def child(module: nn.Module, name: str) -> Any:
     """Return what a module has under a name, or None; torch itself searches longer for it."""
-    return module._modules.get(name) or getattr(module, name, None)
+    children = module._modules  # of a scripted module no dict
+    if name in children and children[name] is not None:
+        return children[name]
+    return getattr(module, name, None)
 
 
 @cache

@@ -75,8 +75,13 @@ def is_denoiser(part: Any) -> bool:
     kind = kind_of(part)
     if not isinstance(part, nn.Module) or any(word in kind.__name__ for word in _NOT_DENOISERS):
         return False
+    return bool(_TIME_ARGUMENTS & set(taken(kind)))
+
+
+def taken(kind: Any) -> tuple[str, ...]:
+    """Return the names of what a component's class takes when it is called; TorchScript's says none."""
     forward = getattr(kind, "forward", None)
-    return forward is not None and bool(_TIME_ARGUMENTS & set(parameters(forward)))
+    return () if forward is None else parameters(forward)
 
 
 def kind_of(part: Any) -> Any:

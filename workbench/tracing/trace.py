@@ -14,7 +14,7 @@ from torch import nn
 from workbench.errors import InputError, OutOfOrderError, TraceError
 from workbench.tracing.by_hand import note
 from workbench.tracing.coroutine import Coroutine
-from workbench.tracing.guards import check
+from workbench.tracing.guards import check, hookable
 from workbench.tracing.ledger import Row
 from workbench.tracing.ports import hook_port
 from workbench.tracing.reads import ReadTensor, plain, read
@@ -370,7 +370,8 @@ class Trace(RunValues):
         """
         clock = self._session.clock
         for name, part in self._session.system.components.items():
-            if isinstance(part, nn.Module) and name not in self._session.system.denoisers:
+            other = isinstance(part, nn.Module) and name not in self._session.system.denoisers
+            if other and hookable(self._session.system.components, name):
                 rig.before(part, lambda *_, name=name: self._before.add((name, clock.ticks)))
         for name, module in self._session.system.denoisers.items():
             place = Site(name, "inputs")
