@@ -7,6 +7,7 @@ import torch
 
 from tests import tiny
 from tests.watching import footprint
+from workbench.attention import capture
 from workbench.attention.request import Attention
 from workbench.errors import InputError
 from workbench.models.model import DiffusionModel
@@ -33,6 +34,24 @@ def opened(name="sd1"):
 def size(maps):
     tensors = [*maps.layers.values(), *maps.indices.values()]
     return sum(each.numel() * each.element_size() for each in tensors)
+
+
+def test_what_waits_to_be_computed_is_in_the_peak(monkeypatch):
+    model, arguments = opened()
+    waited = []
+    compute = capture.Run._compute
+
+    def computing(self, mask=None):
+        waited.append(sum(each.nbytes for group in self._waiting for each in (*group.query, *group.key)))
+        compute(self, mask)
+
+    monkeypatch.setattr(capture.Run, "_compute", computing)
+    for held, least in ((1 << 30, 0.5), (30_000, 0.3)):
+        monkeypatch.setattr(capture, "_HELD", held)
+        plan = model.plan(Attention(), **arguments)
+        waited.clear()
+        model.record(**arguments, seed=0, capture=[Attention()])
+        assert least * (plan.peak - plan.bytes) <= max(waited) <= plan.peak - plan.bytes <= held
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd3", "flux-cfg", "pixart"])

@@ -46,7 +46,7 @@ def rows(setting: Setting) -> Iterator[Row]:
     yield Row(theirs, ratio(seconds, theirs, "bare"))
     opened = _OPEN.format(folder=str(locate(setting.model)), steps=setting.steps)
     for name, asked in _REQUESTS.items():
-        planned = model.plan(asked, PROMPT, num_inference_steps=setting.steps).bytes / 2**20
+        planned = model.plan(asked, PROMPT, num_inference_steps=setting.steps).peak / 2**20
         run = f"kept = attention.record(model, {setting.steps}, {name!r})"
         above = median(inside(opened, run)[1] for _ in range(3)) / 1024
         yield Row(f"{name}: memory", f"{above:.1f} MiB above the run without, planned {planned:.1f} MiB")

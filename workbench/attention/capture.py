@@ -29,7 +29,7 @@ from workbench.tracing.ledger import Row
 from workbench.tracing.session import Session
 from workbench.tracing.steps import Steps, covers, normal
 
-_HELD = 2 << 20
+_HELD = 1 << 20
 """Bytes of queries and keys that may wait to be computed with later ones, and of the weights they come to."""
 
 
@@ -214,13 +214,16 @@ class Run:
         """Return what a layer comes to."""
         counts = [_count(each, total) for each, total in ((queries, query.shape[2]), (columns, key.shape[2]))]
         tokens, places = counts[::-1] if self.asked.block == IMAGE_TO_TEXT else counts
-        return LayerCost(path, query.shape[1], query.shape[2], key.shape[2], query.shape[3], tokens, places)
+        held, size = _sizes(query[:1], key[:1])
+        waiting = held if max(held, size) <= _HELD else 0
+        _, heads, asking, width = query.shape
+        return LayerCost(path, heads, asking, key.shape[2], width, tokens, places, waiting)
 
     def _plan(self, row: Row) -> Plan:
         if self.plan is None:
             self._first = row
             budget = default_budget() if self.asked.budget is None else self.asked.budget
-            self.plan = Plan(self.asked, self._calls_from(row), budget)
+            self.plan = Plan(self.asked, self._calls_from(row), budget, _HELD)
         return self.plan
 
     def _calls_from(self, row: Row) -> int:
@@ -259,9 +262,7 @@ class Run:
         if handed.get("is_causal"):
             mask = causal(query.shape[2], key.shape[2], query.device)
         query, key = query[one].detach(), key[one].detach()
-        held = query.nbytes + key.nbytes
-        # They are there twice while they are computed: before and after the softmax.
-        size = 8 * query.shape[1] * query.shape[2] * key.shape[2]
+        held, size = _sizes(query, key)
         new = _Waiting(queries, columns, handed.get("scale"))
         alike = next((each for each in self._waiting if each.takes(query, key, new)), new)
         alone = mask is not None or max(held, size) > _HELD
@@ -376,6 +377,11 @@ class Run:
             value = largest.values
             self._indices.setdefault(path, []).append(largest.indices.cpu())
         self._reduction.add(path, row, value, 1 if self.plan is None else self.plan.calls)
+
+
+def _sizes(query: torch.Tensor, key: torch.Tensor) -> tuple[int, int]:
+    """Return the bytes of a call's queries and keys, and of all its weights, before and after the softmax."""
+    return query.nbytes + key.nbytes, 8 * query.shape[1] * query.shape[2] * key.shape[2]
 
 
 def _told(scheduler: Any) -> bool:

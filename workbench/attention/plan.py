@@ -32,6 +32,7 @@ class LayerCost:
         width: of a head.
         tokens: how many tokens of the maps' first axis are wanted.
         places: how many places of the second.
+        waiting: bytes of one call's queries and keys, where they wait for others'; else 0.
         seconds: what computing them took; None where they were not computed.
     """
 
@@ -42,6 +43,7 @@ class LayerCost:
     width: int
     tokens: int
     places: int
+    waiting: int = 0
     seconds: float | None = None
 
     @property
@@ -57,19 +59,26 @@ class Plan:
     Attributes:
         asked: the request.
         calls: how many calls of each denoiser it covers.
-        budget: bytes that it may take.
+        budget: bytes that its maps may take.
+        room: bytes of queries and keys that may wait at once, to be computed together.
         layers: the layers as they were met.
     """
 
     asked: Attention
     calls: int
     budget: int
+    room: int = 0
     layers: list[LayerCost] = field(default_factory=list)
 
     @property
     def bytes(self) -> int:
         """What the maps take in memory when the run is over."""
         return bytes_of(self.asked, self.layers, self.calls)
+
+    @property
+    def peak(self) -> int:
+        """What is held of them at most while the run goes on, with queries and keys that wait."""
+        return self.bytes + min(self.room, self.calls * sum(layer.waiting for layer in self.layers))
 
     @property
     def seconds(self) -> float:
