@@ -23,7 +23,7 @@ ERRORS = (RuntimeError, KeyboardInterrupt, MemoryError, torch.OutOfMemoryError)
 
 LOOKING_UP = {"resolve", "parse", "modules", "at", "_module_at", "check", "_wanted", "site", "_system"}
 REGISTERING = {"before", "after", "wrap", "attach", "watch_exits", "hook_port", "_hook", "_install"}
-REGISTERING |= {"_hook_once", "_keep_hookable", "_open_entrances", "_watch_layer"}
+REGISTERING |= {"hook", "_keep_hookable", "_allow_skip", "open_entrances", "_watch_layer"}
 REGISTERING |= {"__enter__", "_begin", "_occupy", "begin"}
 EDITING = {"_apply", "apply", "new_value", "put", "pick", "pass_by", "_pass", "replace", "check_fit", "keep"}
 LEAVING = {"sweep", "drop", "_remove", "__exit__", "_take_off", "_end", "_leave", "_finish"}

@@ -45,6 +45,20 @@ class _Waiting:
     query: list[torch.Tensor] = field(default_factory=list)
     key: list[torch.Tensor] = field(default_factory=list)
 
+    def with_call(self, path: str, row: Row, query: torch.Tensor, key: torch.Tensor) -> _Waiting:
+        """Add a layer's call and return itself."""
+        self.calls.append((path, row))
+        self.query.append(query)
+        self.key.append(key)
+        return self
+
+    def joined(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return all the queries and all the keys, ``(calls, heads, tokens, width)``, and let go of them."""
+        query, key = (each[0] if len(each) == 1 else torch.cat(each) for each in (self.query, self.key))
+        self.query.clear()
+        self.key.clear()
+        return query, key
+
     def takes(self, query: torch.Tensor, key: torch.Tensor, other: _Waiting) -> bool:
         """Whether a call with this query and key, and the choice of another, goes with those that wait."""
         return (
@@ -124,7 +138,7 @@ class Run:
                 "through scaled_dot_product_attention, where maps are taken from. Give it a processor that "
                 "calls it, such as AttnProcessor2_0."
             )
-        self._compute()
+        self._compute_waiting()
         self._reduction.aspect = self._watch.aspect
         layers = self._reduction.result()
         return AttentionMaps(
@@ -201,11 +215,11 @@ class Run:
         if not self.planning:
             self._note(scope.path, row)
         if new:
-            self._compute()
+            self._compute_waiting()
         began = time.perf_counter()
         self._take(scope.path, row, handed, queries, columns)
         if new:
-            self._compute()
+            self._compute_waiting()
             plan.layers[-1] = replace(plan.layers[-1], seconds=time.perf_counter() - began)
 
     def _cost(
@@ -215,9 +229,9 @@ class Run:
         counts = [_count(each, total) for each, total in ((queries, query.shape[2]), (columns, key.shape[2]))]
         tokens, places = counts[::-1] if self.asked.block == IMAGE_TO_TEXT else counts
         held, size = _sizes(query[:1], key[:1])
-        waiting = held if max(held, size) <= _HELD else 0
+        together = 0 if held > _HELD else _HELD // size
         _, heads, asking, width = query.shape
-        return LayerCost(path, heads, asking, key.shape[2], width, tokens, places, waiting)
+        return LayerCost(path, heads, asking, key.shape[2], width, tokens, places, held, together)
 
     def _plan(self, row: Row) -> Plan:
         if self.plan is None:
@@ -264,52 +278,54 @@ class Run:
         query, key = query[one].detach(), key[one].detach()
         held, size = _sizes(query, key)
         new = _Waiting(queries, columns, handed.get("scale"))
+        if mask is not None or max(held, size) > _HELD:
+            if path in self._waits_in:  # a layer's calls keep their order
+                self._compute_waiting()
+            self._compute(new.with_call(path, row, query, key), mask)
+            return
         alike = next((each for each in self._waiting if each.takes(query, key, new)), new)
-        alone = mask is not None or max(held, size) > _HELD
         full = self._held + held > _HELD or alike.weights + size > _HELD
-        if alone or full or self._waits_in.get(path, alike) is not alike:  # a layer's calls keep their order
-            self._compute()
+        if full or self._waits_in.get(path, alike) is not alike:
+            self._compute_waiting()
             alike = new
-        if not alone:
-            query, key = query.clone(), key.clone()  # the layer may write others into the same memory
         if alike is new:
             self._waiting.append(new)
         self._waits_in[path] = alike
-        alike.calls.append((path, row))
-        alike.query.append(query)
-        alike.key.append(key)
-        alike.weights += size
         self._held += held
-        if alone:
-            self._compute(mask)
+        alike.weights += size
+        # The layer may write others into the same memory.
+        alike.with_call(path, row, query.clone(), key.clone())
 
-    def _compute(self, mask: torch.Tensor | None = None) -> None:
-        """Compute the weights of the calls that wait, ``([heads,] queries, columns)`` each, and keep them."""
+    def _compute_waiting(self) -> None:
         waiting, self._waiting, self._held = self._waiting, [], 0
         self._waits_in.clear()
-        for each in waiting:
-            query, key = (torch.cat(some) if len(some) > 1 else some[0] for some in (each.query, each.key))
-            # In the pipeline or after its end, what surrounds it there is not to make a difference.
-            with (
-                torch.inference_mode(False),
-                torch.no_grad(),
-                torch.autocast(query.device.type, enabled=False),
-            ):
-                values = weights(
-                    query,
-                    key,
-                    queries=each.queries,
-                    columns=each.columns,
-                    heads=self.asked.heads,
-                    over_heads=self.asked.over_heads,
-                    scale=each.scale,
-                    mask=mask,
-                )
-                if self.asked.block == IMAGE_TO_TEXT:
-                    values = values.transpose(-1, -2)
-                if not self.planning:
-                    for (path, row), value in zip(each.calls, values, strict=True):
-                        self._keep(path, row, value)
+        while waiting:
+            self._compute(waiting.pop(0))
+
+    def _compute(self, some: _Waiting, mask: torch.Tensor | None = None) -> None:
+        """Compute the weights of some calls, ``([heads,] queries, columns)`` each, and keep them."""
+        query, key = some.joined()
+        # In the pipeline or after its end, what surrounds it there is not to make a difference.
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast(query.device.type, enabled=False),
+        ):
+            values = weights(
+                query,
+                key,
+                queries=some.queries,
+                columns=some.columns,
+                heads=self.asked.heads,
+                over_heads=self.asked.over_heads,
+                scale=some.scale,
+                mask=mask,
+            )
+            if self.asked.block == IMAGE_TO_TEXT:
+                values = values.transpose(-1, -2)
+            if not self.planning:
+                for (path, row), value in zip(some.calls, values, strict=True):
+                    self._keep(path, row, value)
 
     def _choice(self, scope: Scope, queries: int, keys: int) -> tuple[Places, Places]:
         """Return which queries and which keys of a call are wanted."""

@@ -112,7 +112,11 @@ def is_attention(module: nn.Module) -> bool:
 
 
 def scope_of(
-    path: str, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], outer: Mapping[str, Any]
+    path: str,
+    layer: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    beside: tuple[int, int] | None,
 ) -> Scope:
     """Return the scope of an attention call.
 
@@ -121,8 +125,8 @@ def scope_of(
         layer: the module.
         args: its positional arguments.
         kwargs: its keyword arguments.
-        outer: the arguments of the block around it by name, where single-stream blocks say how long
-            the text is that they have already put in front of the image.
+        beside: how many tokens of text and of image the block around it was given (`lengths_given`):
+            single-stream blocks have put that text in front of the image already.
     """
     hidden = kwargs.get("hidden_states", args[0] if args else None)
     own = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
@@ -133,14 +137,20 @@ def scope_of(
     if isinstance(own, torch.Tensor) and own.ndim == 3 and own is not hidden:
         found.text, found.streams = own.shape[1], (hidden, own)
         found.mixed = getattr(layer, "add_k_proj", None) is not None
-        return found
-    text, beside = outer.get("encoder_hidden_states"), outer.get("hidden_states")
-    if not isinstance(text, torch.Tensor) or not isinstance(beside, torch.Tensor):
-        return found
-    if text.ndim == beside.ndim == 3 and image == text.shape[1] + beside.shape[1]:
-        found.text, found.mixed, found.text_first = text.shape[1], True, True
-        found.image = beside.shape[1]
+    elif beside is not None and image == sum(beside):
+        (found.text, found.image), found.mixed, found.text_first = beside, True, True
     return found
+
+
+def lengths_given(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[int, int] | None:
+    """Return how many tokens of text and of image a module is called with; None unless with both."""
+    named = by_name(module, args, kwargs)
+    text, image = named.get("encoder_hidden_states"), named.get("hidden_states")
+    if not isinstance(text, torch.Tensor) or not isinstance(image, torch.Tensor) or text.ndim != 3:
+        return None
+    return (text.shape[1], image.shape[1]) if image.ndim == 3 else None
 
 
 def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -32,7 +32,8 @@ class LayerCost:
         width: of a head.
         tokens: how many tokens of the maps' first axis are wanted.
         places: how many places of the second.
-        waiting: bytes of one call's queries and keys, where they wait for others'; else 0.
+        held: bytes of one call's queries and keys.
+        together: how many calls of layers like it are computed at once; 0 where it is computed as it comes.
         seconds: what computing them took; None where they were not computed.
     """
 
@@ -43,7 +44,8 @@ class LayerCost:
     width: int
     tokens: int
     places: int
-    waiting: int = 0
+    held: int = 0
+    together: int = 0
     seconds: float | None = None
 
     @property
@@ -78,7 +80,12 @@ class Plan:
     @property
     def peak(self) -> int:
         """What is held of them at most while the run goes on, with queries and keys that wait."""
-        return self.bytes + min(self.room, self.calls * sum(layer.waiting for layer in self.layers))
+        waiting = [layer for layer in self.layers if layer.together]
+        alike = Counter((layer.queries, layer.keys, layer.heads, layer.width) for layer in waiting)
+        counts = [(layer, alike[layer.queries, layer.keys, layer.heads, layer.width]) for layer in waiting]
+        # All are computed when those of one size are as many as are computed at once.
+        calls = min([self.calls, *(layer.together / count for layer, count in counts)])
+        return self.bytes + int(min(self.room, calls * sum(layer.held for layer in waiting)))
 
     @property
     def seconds(self) -> float:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from workbench.attention.geometry import Scope, by_name, scope_of
+from workbench.attention.geometry import Scope, lengths_given, scope_of
 from workbench.tracing.rig import Rig
 
 Handed = dict[str, Any]
@@ -65,7 +65,7 @@ class Tap:
         self._layer = layer
         self._path = ""
         self._links: list[_Link] = []
-        self._outer: Handed = {}
+        self._beside: tuple[int, int] | None = None
         self._scope: Scope | None = None
         rig.wrap(layer, "forward", self._around)
 
@@ -91,7 +91,7 @@ class Tap:
                 self._rig.after(getattr(self._layer, name), self._see_text_keys)
 
     def _see_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: Handed) -> None:
-        self._outer = by_name(block, args, kwargs)
+        self._beside = lengths_given(block, args, kwargs)
 
     def _see_text_keys(self, _module: nn.Module, _args: Any, _kwargs: Any, output: torch.Tensor) -> None:
         if self._scope is not None:
@@ -99,7 +99,7 @@ class Tap:
 
     def _around(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def tapped(*args: Any, **kwargs: Any) -> Any:
-            scope = scope_of(self._path, self._layer, args, kwargs, self._outer)
+            scope = scope_of(self._path, self._layer, args, kwargs, self._beside)
             wanted = [link for link in self._links if link.wants(scope)]
             if not wanted:
                 return forward(*args, **kwargs)

@@ -14,14 +14,13 @@ from torch import nn
 from workbench.errors import InputError, OutOfOrderError, TraceError
 from workbench.tracing.by_hand import note
 from workbench.tracing.coroutine import Coroutine
-from workbench.tracing.guards import check, hookable
+from workbench.tracing.hooking import Hooking
 from workbench.tracing.ledger import Row
-from workbench.tracing.ports import hook_port
 from workbench.tracing.reads import ReadTensor, plain, read
 from workbench.tracing.record import Record
-from workbench.tracing.rig import Method, Owned, Rig, Target
+from workbench.tracing.rig import Method, Target
 from workbench.tracing.session import Session
-from workbench.tracing.sites import Site, bare, resolve, resolve_all
+from workbench.tracing.sites import Site, bare
 from workbench.tracing.structure import Leaf, check_fit, describe, pick, put
 from workbench.tracing.values import RunValues
 from workbench.tracing.walk import Steps
@@ -59,6 +58,7 @@ class Trace(RunValues):
         hands_over = own_noise and session.record.spec.seed is None
         self._coroutine = Coroutine(session.run, own_noise=own_noise, hands_over=hands_over)
         session.rig.inside = self._coroutine.inside
+        self._hooking = Hooking(session)
         self._pause: Pause | None = None
         self._seen: dict[Site, Any] = {}
         self._seen_in: Row | None = None
@@ -66,14 +66,9 @@ class Trace(RunValues):
         self._call: int | None = None
         self._within: Row | None = None
         self._early = False
-        self._before: set[tuple[str, int | None]] = set()
         self._wanted: Site | None = None
         self._catch: Callable[[Row], bool] | None = None
         self._ending = "by itself"
-        self._open_paths: set[str] = set()
-        self._checked: set[Site] = set()
-        self._hookable: set[Site] = set()
-        self._stand_ins: dict[nn.Module, list[Any]] = {}
         self._installed = False
         self._stopped = False
 
@@ -83,7 +78,7 @@ class Trace(RunValues):
         try:
             self._begin(self)
             self._session.clock.started.append(self._call_starts)
-            self._session.attached.append(self._open_entrances)
+            self._session.attached.append(partial(self._hooking.open_entrances, self._pass))
             self._session.ready.append(self._coroutine.wait)
             self._coroutine.begin()
             return self
@@ -201,14 +196,15 @@ class Trace(RunValues):
             OutOfOrderError: the module has been entered already in this call.
         """
         place = Site(path, "inputs")
-        target, *_ = self._targets_at(place)
+        self._start(place)
+        target, *_ = self._hooking.targets(place)
         if isinstance(target, Method):
             raise InputError(f"{path} is a method; only a module can be skipped.")
         self._reach(place)
-        if self._pause is None or self._pause.place != place or target not in self._stand_ins:
+        if self._pause is None or self._pause.place != place or not self._hooking.skips(target):
             raise OutOfOrderError(f"{path} is running already; the run is at {self._spot()}. Skip it before.")
         note(self.record, Site(path), self._pause.row)
-        self._stand_ins[target].append(plain(value))
+        self._hooking.skip(target, plain(value))
 
     def gradient(self, number: torch.Tensor, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the derivative of a number with respect to values that were read before it.
@@ -328,55 +324,18 @@ class Trace(RunValues):
 
     def _run_to(self, place: Site) -> None:
         self._start(place)
-        targets = self._targets_at(place)
+        targets = self._hooking.targets(place)
         row = self._pause.row if self._pause is not None else None
         self._within = row if row is not None and _component(place) == row.component else None
         self._wanted, self._early = place, False
-        # At an entrance there is a hook already, and one that is taken off in a call breaks those behind it.
-        entrance = place.port == "inputs" and place.path in self._session.system.denoisers
-        hooks = [] if entrance else self._hook_once(place, targets)
+        hooks = self._hooking.hook(place, targets, self._pass)
         try:
             self._resume()
         finally:
             within, self._within, self._wanted = self._within, None, None
-            for hook in hooks:
-                self._session.rig.drop(hook)
+            self._hooking.drop(hooks)
         if self._pause is None or self._pause.place != place:
             raise OutOfOrderError(self._missed(place, targets[0], within))
-
-    def _targets_at(self, place: Site) -> tuple[Target, ...]:
-        """Return what to hook for a place, as the model has it now: a block may exchange a module."""
-        components = self._session.system.components
-        targets = resolve_all(components, place.path)
-        if place not in self._checked:
-            check(components, [place])
-            self._checked.add(place)
-        return targets
-
-    def _hook_once(self, place: Site, targets: tuple[Target, ...]) -> list[Owned]:
-        if place not in self._hookable:
-            self._hookable.add(place)
-            self._keep_hookable(place.path, itself=place.port not in ("output", "input", "inputs"))
-        if place.port == "inputs" and isinstance(targets[0], nn.Module):
-            self._allow_skip(targets[0])
-        pass_by = partial(self._pass, place)
-        return [hook_port(self._session.rig, target, place.port, pass_by) for target in targets]
-
-    def _open_entrances(self, rig: Rig) -> None:
-        """Watch what each denoiser is called with.
-
-        The pipeline waits for a step in a hook before the denoiser's forward, where it is too late for
-        another hook of the same kind.
-        """
-        clock = self._session.clock
-        for name, part in self._session.system.components.items():
-            other = isinstance(part, nn.Module) and name not in self._session.system.denoisers
-            if other and hookable(self._session.system.components, name):
-                rig.before(part, lambda *_, name=name: self._before.add((name, clock.ticks)))
-        for name, module in self._session.system.denoisers.items():
-            place = Site(name, "inputs")
-            hook_port(rig, module, "inputs", partial(self._pass, place))
-            self._allow_skip(module)
 
     def _pass(self, place: Site, value: Any) -> Any:
         """In the pipeline: hand a value over, if it is the one that is waited for."""
@@ -402,36 +361,7 @@ class Trace(RunValues):
         if self._step is None or clock.coming <= self._step:
             return False
         began = next((row.tick for row in self.record.ledger if row.step == self._step), None)
-        return (component, began) in self._before
-
-    def _allow_skip(self, module: nn.Module) -> None:
-        """Shadow a module's forward by one that returns what waits for it, if anything does.
-
-        A call looks its forward up before its hooks run: when its inputs have been read, it is too late.
-        """
-        if module in self._stand_ins:
-            return
-        waiting = self._stand_ins[module] = []
-
-        def shadow(forward: Callable[..., Any]) -> Callable[..., Any]:
-            return lambda *args, **kwargs: waiting.pop() if waiting else forward(*args, **kwargs)
-
-        self._session.rig.wrap(module, "forward", shadow)
-
-    def _keep_hookable(self, path: str, *, itself: bool) -> None:
-        """Give every module around ``path``, and perhaps itself, a hook that does nothing.
-
-        A module called without any hook takes a short cut past those added while it runs, and the
-        block may well ask for its output from inside it.
-        """
-        parts = path.split(".")
-        for outer in (".".join(parts[:depth]) for depth in range(1, len(parts) + itself)):
-            if outer not in self._open_paths:
-                self._open_paths.add(outer)
-                components = self._session.system.components
-                around = resolve(components, outer) if "." in outer else components.get(outer)
-                if isinstance(around, nn.Module):
-                    self._session.rig.after(around, _nothing)
+        return (component, began) in self._hooking.ran_before
 
     def _call_starts(self, row: Row) -> None:
         left_step = self._step is not None and row.step > self._step
@@ -541,7 +471,3 @@ def _is_list(target: Target) -> TypeGuard[nn.Module]:
     """Whether a target only holds modules and is not called itself."""
     plain = isinstance(target, nn.Module) and type(target).forward is nn.Module.forward
     return plain and "forward" not in vars(target)
-
-
-def _nothing(*_: Any) -> None:
-    """A hook that leaves everything as it is."""
