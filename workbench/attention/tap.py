@@ -1,22 +1,22 @@
 """Taps of attention layers: what goes into the kernel, and out of it, passes by those who change it and look.
 
-A torch function mode sees the call of scaled dot product attention, with the very values that the kernel
-gets. It is on only while a layer computes whose call somebody wants, since it sees every call of torch.
+The call of scaled dot product attention is shown to them with the very values that the kernel gets (see
+`showing`), in layers whose call somebody wants.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from workbench.attention.geometry import Scope, lengths_given, scope_of
+from workbench.attention.showing import Kernel, Showing
 from workbench.tracing.rig import Rig
 
 Handed = dict[str, Any]
@@ -52,6 +52,17 @@ class _Link:
     look: Look
 
 
+class _Block:
+    """The block around layers: how many tokens of text and of image it was given, where that is known."""
+
+    def __init__(self, rig: Rig, block: nn.Module) -> None:
+        self.given: tuple[int, int] | None = None
+        rig.before(block, self._see)
+
+    def _see(self, block: nn.Module, args: tuple[Any, ...], kwargs: Handed) -> None:
+        self.given = lengths_given(block, args, kwargs)
+
+
 class Tap:
     """What sees and changes the kernel calls of one attention layer, while a rig is on it.
 
@@ -65,8 +76,11 @@ class Tap:
         self._layer = layer
         self._path = ""
         self._links: list[_Link] = []
-        self._beside: tuple[int, int] | None = None
+        self._block: _Block | None = None
         self._scope: Scope | None = None
+        self._showing: Showing | None = None
+        self._by_name: set[tuple[bool, type]] = set()
+        rig.undo(self._end)
         rig.wrap(layer, "forward", self._around)
 
     @classmethod
@@ -85,13 +99,10 @@ class Tap:
             return
         self._path = path
         if block is not None:
-            self._rig.before(block, self._see_block)
+            self._block = self._rig.beside(block, _Block, partial(_Block, self._rig, block))
         for name in _TEXT_KEYS:
             if isinstance(getattr(self._layer, name, None), nn.Module):
                 self._rig.after(getattr(self._layer, name), self._see_text_keys)
-
-    def _see_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: Handed) -> None:
-        self._beside = lengths_given(block, args, kwargs)
 
     def _see_text_keys(self, _module: nn.Module, _args: Any, _kwargs: Any, output: torch.Tensor) -> None:
         if self._scope is not None:
@@ -99,37 +110,42 @@ class Tap:
 
     def _around(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def tapped(*args: Any, **kwargs: Any) -> Any:
-            scope = scope_of(self._path, self._layer, args, kwargs, self._beside)
+            beside = None if self._block is None else self._block.given
+            scope = scope_of(self._path, self._layer, args, kwargs, beside)
             wanted = [link for link in self._links if link.wants(scope)]
             if not wanted:
                 return forward(*args, **kwargs)
-            self._scope = scope
+            # Others than these may call the kernel by another name.
+            kind = (scope.text > 0, type(getattr(self._layer, "processor", None)))
+            known = kind in self._by_name and not scope.mixed
+            self._scope, self._showing = scope, Showing(partial(_show, scope, wanted), scope.see_cat)
             try:
-                with _Mode(scope, wanted):
-                    return forward(*args, **kwargs)
+                self._showing.begin()
+                with nullcontext() if known else self._showing.mode():
+                    output = forward(*args, **kwargs)
+                if self._showing.by_name and scope.calls and not scope.mixed:
+                    self._by_name.add(kind)
+                else:
+                    self._by_name.discard(kind)
+                return output
             finally:
-                self._scope = None
+                self._end()
 
         return tapped
 
+    def _end(self) -> None:
+        if self._showing is not None:
+            self._showing.end()
+        self._scope = self._showing = None
 
-class _Mode(TorchFunctionMode):
-    """Sees one forward of a layer: its kernel calls, and how joint sequences are put together."""
 
-    def __init__(self, scope: Scope, links: list[_Link]) -> None:
-        super().__init__()
-        self._scope = scope
-        self._links = links
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is functional.scaled_dot_product_attention:
-            handed = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
-            self._scope.see_call(handed["query"], handed["key"], handed.get("attn_mask"))
-            return _Chain(self._scope, self._links, func)(**handed)
-        if func is torch.cat:
-            self._scope.see_cat(args[0] if args else kwargs.get("tensors", ()))
-        return func(*args, **kwargs)
+def _show(
+    scope: Scope, links: list[_Link], kernel: Kernel, args: tuple[Any, ...], kwargs: Handed
+) -> torch.Tensor:
+    """Let a kernel call's values pass by all who want to see them."""
+    handed = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
+    scope.see_call(handed["query"], handed["key"], handed.get("attn_mask"))
+    return _Chain(scope, links, kernel)(**handed)
 
 
 @dataclass(frozen=True)
@@ -138,7 +154,7 @@ class _Chain:
 
     scope: Scope
     links: list[_Link]
-    kernel: Callable[..., torch.Tensor]
+    kernel: Kernel
 
     def __call__(self, **handed: Any) -> torch.Tensor:
         if not self.links:
