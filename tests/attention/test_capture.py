@@ -10,7 +10,7 @@ from torch.nn import functional
 from tests import tiny
 from tests.attention.seen import KERNEL, Kernel, Seen, watched
 from tests.watching import as_bytes, footprint
-from workbench.attention import capture, softmax
+from workbench.attention import batching, softmax
 from workbench.attention.request import Attention
 from workbench.attention.softmax import weights
 from workbench.errors import GuardError, InputError, UnknownNameError
@@ -321,9 +321,9 @@ def test_weights_computed_for_several_calls_at_once_are_each_calls_own(monkeypat
     model = DiffusionModel(case.build())
     found, sizes = {}, []
     for held in (0, 1 << 30):
-        monkeypatch.setattr(capture, "_HELD", held)
+        monkeypatch.setattr(batching, "ROOM", held)
         monkeypatch.setattr(
-            capture,
+            batching,
             "weights",
             lambda query, *rest, **told: (sizes.append(len(query)), weights(query, *rest, **told))[1],
         )
@@ -362,7 +362,7 @@ def test_a_query_that_the_layer_writes_over_later_is_kept(monkeypatch):
     unet.set_attn_processor({name: Writing() for name in unet.attn_processors})
     found = []
     for held in (0, 1 << 30):
-        monkeypatch.setattr(capture, "_HELD", held)
+        monkeypatch.setattr(batching, "ROOM", held)
         told = {"num_inference_steps": 4, "guidance_scale": 1.0, "seed": 0, "output_type": "latent"}
         found.append(model.record("a red circle", capture=[Attention()], **told).attention.layers)
     at_once, later = found

@@ -8,23 +8,15 @@ from typing import Any
 
 import torch
 
+from tests.allocations import peak
 from tests.benchmarks.processes import inside
 from tests.benchmarks.table import PROMPT, Row, Setting, bounded, ratio, take_turns
 from workbench import Attention, DiffusionModel
-from workbench.models.loading import locate
 
 _REQUESTS = {
     "head-mean cross-attention of all layers": Attention(),
     "every head of all self-attention": Attention(block="image->image", reduce=[]),
 }
-_OPEN = """
-from tests.benchmarks import attention
-from workbench import DiffusionModel
-model = DiffusionModel({folder!r})
-model.pipeline.set_progress_bar_config(disable=True)
-for _ in range(3):
-    attention.record(model, {steps})
-"""
 _LAYER = """
 import torch
 from torch.nn import functional
@@ -44,12 +36,12 @@ def rows(setting: Setting) -> Iterator[Row]:
     why = "the weights are computed beside the kernel, which stays on"
     yield Row(f"{ours} (bound 1.15)", bounded(seconds, ours, "bare", 1.15, why))
     yield Row(theirs, ratio(seconds, theirs, "bare"))
-    opened = _OPEN.format(folder=str(locate(setting.model)), steps=setting.steps)
+    bare = memory(model, setting.steps)
     for name, asked in _REQUESTS.items():
-        planned = model.plan(asked, PROMPT, num_inference_steps=setting.steps).peak / 2**20
-        run = f"kept = attention.record(model, {setting.steps}, {name!r})"
-        above = median(inside(opened, run)[1] for _ in range(3)) / 1024
-        yield Row(f"{name}: memory", f"{above:.1f} MiB above the run without, planned {planned:.1f} MiB")
+        planned = model.plan(asked, PROMPT, num_inference_steps=setting.steps).peak
+        above = memory(model, setting.steps, name) - bare
+        said = f"{above / 2**20:.2f} MiB above the run without, × {above / planned:.2f} of the plan's"
+        yield Row(f"{name}: peak memory (bound 1 ± 0.1)", said)
     for name, program in (("text columns by themselves", _TEXT), ("the whole matrix", _WHOLE)):
         found = [inside(_LAYER, program) for _ in range(3)]
         spent, above = (median(each) for each in zip(*found, strict=True))
@@ -62,6 +54,12 @@ def record(model: DiffusionModel, steps: int, name: str = "") -> Any:
     """Record a run, with one of the requests or without any."""
     kept = [_REQUESTS[name]] if name else []
     return model.record(PROMPT, seed=0, num_inference_steps=steps, capture=kept)
+
+
+def memory(model: DiffusionModel, steps: int, name: str = "") -> int:
+    """Return the most bytes that a run has allocated at once, counted in one that is not the first."""
+    record(model, steps, name)
+    return peak(lambda: record(model, steps, name))
 
 
 def variants(model: DiffusionModel, steps: int) -> dict[str, Callable[[], Any]]:

@@ -1,8 +1,7 @@
 """Captures attention while the pipeline's own fused kernels compute it.
 
-A torch function mode sees each call of scaled dot product attention with the very queries and keys
-the kernel gets (after rotary embeddings and normalisation) and computes from them, aside, the
-softmax weights that were asked for. The kernel's own result goes on untouched.
+From the very queries and keys that the kernel gets (after rotary embeddings and normalisation) the softmax
+weights that were asked for are computed beside it. The kernel's own result goes on untouched.
 """
 
 from __future__ import annotations
@@ -10,17 +9,18 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from workbench.attention.batching import ROOM, Batch, Batches, Wanted, at_once, sizes
 from workbench.attention.geometry import IMAGE_TO_TEXT, Scope, grid
 from workbench.attention.maps import AttentionMaps
 from workbench.attention.plan import LayerCost, Plan, default_budget
 from workbench.attention.reduction import Reduction
 from workbench.attention.request import Attention
-from workbench.attention.softmax import Places, causal, weights
+from workbench.attention.softmax import Places, causal
 from workbench.attention.tap import LOOK, Handed, Rest
 from workbench.attention.watch import Watch
 from workbench.attention.words import Word, find
@@ -28,47 +28,6 @@ from workbench.errors import GuardError, InputError
 from workbench.tracing.ledger import Row
 from workbench.tracing.session import Session
 from workbench.tracing.steps import Steps, covers, normal
-
-_HELD = 1 << 20
-"""Bytes of queries and keys that may wait to be computed with later ones, and of the weights they come to."""
-
-
-@dataclass
-class _Waiting:
-    """Calls of like layers whose weights are computed at once: of small ones, ten take as long as one."""
-
-    queries: Places
-    columns: Places
-    scale: float | None
-    weights: int = 0
-    calls: list[tuple[str, Row]] = field(default_factory=list)
-    query: list[torch.Tensor] = field(default_factory=list)
-    key: list[torch.Tensor] = field(default_factory=list)
-
-    def with_call(self, path: str, row: Row, query: torch.Tensor, key: torch.Tensor) -> _Waiting:
-        """Add a layer's call and return itself."""
-        self.calls.append((path, row))
-        self.query.append(query)
-        self.key.append(key)
-        return self
-
-    def joined(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return all the queries and all the keys, ``(calls, heads, tokens, width)``, and let go of them."""
-        query, key = (each[0] if len(each) == 1 else torch.cat(each) for each in (self.query, self.key))
-        self.query.clear()
-        self.key.clear()
-        return query, key
-
-    def takes(self, query: torch.Tensor, key: torch.Tensor, other: _Waiting) -> bool:
-        """Whether a call with this query and key, and the choice of another, goes with those that wait."""
-        return (
-            self.query[0].shape == query.shape
-            and self.key[0].shape == key.shape
-            and self.query[0].device == query.device
-            and self.scale == other.scale
-            and _same(self.queries, other.queries)
-            and _same(self.columns, other.columns)
-        )
 
 
 class Run:
@@ -105,9 +64,10 @@ class Run:
         self._expected: set[str] = set()
         self._seen: set[str] = set()
         self._planned: set[str] = set()
-        self._waiting: list[_Waiting] = []
-        self._waits_in: dict[str, _Waiting] = {}
-        self._held = 0
+        self._batches = Batches()
+        self._row: Row | None = None
+        self._size = 0
+        self._one = slice(0)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -138,7 +98,7 @@ class Run:
                 "through scaled_dot_product_attention, where maps are taken from. Give it a processor that "
                 "calls it, such as AttnProcessor2_0."
             )
-        self._compute_waiting()
+        self._keep_all(self._batches.rest())
         self._reduction.aspect = self._watch.aspect
         layers = self._reduction.result()
         return AttentionMaps(
@@ -215,11 +175,13 @@ class Run:
         if not self.planning:
             self._note(scope.path, row)
         if new:
-            self._compute_waiting()
+            self._keep_all(self._batches.rest())
         began = time.perf_counter()
-        self._take(scope.path, row, handed, queries, columns)
+        query, key, mask = self._sample(row, handed)
+        wanted = Wanted(queries, columns, handed.get("scale"), mask)
+        self._keep_all(self._batches.add(scope.path, row, query, key, wanted))
         if new:
-            self._compute_waiting()
+            self._keep_all(self._batches.rest())
             plan.layers[-1] = replace(plan.layers[-1], seconds=time.perf_counter() - began)
 
     def _cost(
@@ -228,16 +190,16 @@ class Run:
         """Return what a layer comes to."""
         counts = [_count(each, total) for each, total in ((queries, query.shape[2]), (columns, key.shape[2]))]
         tokens, places = counts[::-1] if self.asked.block == IMAGE_TO_TEXT else counts
-        held, size = _sizes(query[:1], key[:1])
-        together = 0 if held > _HELD else _HELD // size
+        held, _ = sizes(query[:1], key[:1])
         _, heads, asking, width = query.shape
+        together = at_once(query, key)
         return LayerCost(path, heads, asking, key.shape[2], width, tokens, places, held, together)
 
     def _plan(self, row: Row) -> Plan:
         if self.plan is None:
             self._first = row
             budget = default_budget() if self.asked.budget is None else self.asked.budget
-            self.plan = Plan(self.asked, self._calls_from(row), budget, _HELD)
+            self.plan = Plan(self.asked, self._calls_from(row), budget, ROOM)
         return self.plan
 
     def _calls_from(self, row: Row) -> int:
@@ -257,10 +219,23 @@ class Run:
         if self.plan is not None and not self.planning and not self._fits:
             self.plan.check()
 
-    def _take(self, path: str, row: Row, handed: Handed, queries: Places, columns: Places) -> None:
-        """Let the one sample's queries and keys wait for others', or compute the weights if they cannot."""
+    def _sample(self, row: Row, handed: Handed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return the one sample's query, key and mask, of what is handed to the kernel."""
         query, key, mask = handed["query"], handed["key"], handed.get("attn_mask")
-        rows = row.rows(self.asked.branch, query.shape[0])
+        size = query.shape[0]
+        if self._row is not row or self._size != size:
+            self._row, self._size, self._one = row, size, self._place(row, size)
+        if mask is not None and mask.ndim == 4 and mask.shape[0] == size:
+            mask = mask[self._one]
+        if handed.get("is_causal"):
+            mask = causal(query.shape[2], key.shape[2], query.device)
+        if query.requires_grad or key.requires_grad:
+            query, key = query.detach(), key.detach()
+        return query[self._one], key[self._one], mask
+
+    def _place(self, row: Row, size: int) -> slice:
+        """Return where the sample stands in a batch of a layer in this call."""
+        rows = row.rows(self.asked.branch, size)
         many = rows.stop - rows.start
         alone = row.samples is None or many % row.samples
         frames = [0] if alone else row.rows_of([self.asked.sample], many)
@@ -270,62 +245,17 @@ class Run:
                 "from 0."
             )
         first = rows.start + frames[self.asked.frame]
-        one = slice(first, first + 1)
-        if mask is not None and mask.ndim == 4 and mask.shape[0] == query.shape[0]:
-            mask = mask[one]
-        if handed.get("is_causal"):
-            mask = causal(query.shape[2], key.shape[2], query.device)
-        query, key = query[one].detach(), key[one].detach()
-        held, size = _sizes(query, key)
-        new = _Waiting(queries, columns, handed.get("scale"))
-        if mask is not None or max(held, size) > _HELD:
-            if path in self._waits_in:  # a layer's calls keep their order
-                self._compute_waiting()
-            self._compute(new.with_call(path, row, query, key), mask)
+        return slice(first, first + 1)
+
+    def _keep_all(self, batches: list[Batch]) -> None:
+        """Compute and keep; what surrounds it, in the pipeline or after its end, makes no difference."""
+        if not batches:
             return
-        alike = next((each for each in self._waiting if each.takes(query, key, new)), new)
-        full = self._held + held > _HELD or alike.weights + size > _HELD
-        if full or self._waits_in.get(path, alike) is not alike:
-            self._compute_waiting()
-            alike = new
-        if alike is new:
-            self._waiting.append(new)
-        self._waits_in[path] = alike
-        self._held += held
-        alike.weights += size
-        # The layer may write others into the same memory.
-        alike.with_call(path, row, query.clone(), key.clone())
-
-    def _compute_waiting(self) -> None:
-        waiting, self._waiting, self._held = self._waiting, [], 0
-        self._waits_in.clear()
-        while waiting:
-            self._compute(waiting.pop(0))
-
-    def _compute(self, some: _Waiting, mask: torch.Tensor | None = None) -> None:
-        """Compute the weights of some calls, ``([heads,] queries, columns)`` each, and keep them."""
-        query, key = some.joined()
-        # In the pipeline or after its end, what surrounds it there is not to make a difference.
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-            torch.autocast(query.device.type, enabled=False),
-        ):
-            values = weights(
-                query,
-                key,
-                queries=some.queries,
-                columns=some.columns,
-                heads=self.asked.heads,
-                over_heads=self.asked.over_heads,
-                scale=some.scale,
-                mask=mask,
-            )
-            if self.asked.block == IMAGE_TO_TEXT:
-                values = values.transpose(-1, -2)
-            if not self.planning:
-                for (path, row), value in zip(some.calls, values, strict=True):
-                    self._keep(path, row, value)
+        with torch.inference_mode(False), torch.no_grad():
+            while batches:
+                for path, row, value in batches.pop(0).computed(self.asked):
+                    if not self.planning:
+                        self._keep(path, row, value)
 
     def _choice(self, scope: Scope, queries: int, keys: int) -> tuple[Places, Places]:
         """Return which queries and which keys of a call are wanted."""
@@ -385,7 +315,9 @@ class Run:
         rows.append(row)
 
     def _keep(self, path: str, row: Row, value: torch.Tensor) -> None:
-        """Keep one layer's weights of one call, ``([heads,] tokens, places)``."""
+        """Keep one layer's weights of one call, ``([heads,] queries, columns)``."""
+        if self.asked.block == IMAGE_TO_TEXT:
+            value = value.transpose(-1, -2)
         if self.asked.top is not None:
             axis = -2 if self.asked.block == IMAGE_TO_TEXT else -1
             self._keys[path] = value.shape[axis]
@@ -395,19 +327,8 @@ class Run:
         self._reduction.add(path, row, value, 1 if self.plan is None else self.plan.calls)
 
 
-def _sizes(query: torch.Tensor, key: torch.Tensor) -> tuple[int, int]:
-    """Return the bytes of a call's queries and keys, and of all its weights, before and after the softmax."""
-    return query.nbytes + key.nbytes, 8 * query.shape[1] * query.shape[2] * key.shape[2]
-
-
 def _told(scheduler: Any) -> bool:
     return getattr(scheduler, "timesteps", None) is not None and len(scheduler.timesteps) > 0
-
-
-def _same(one: Places, other: Places) -> bool:
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return torch.equal(one, other)
-    return type(one) is type(other) and one == other
 
 
 def _count(places: Places, total: int) -> int:

@@ -1,22 +1,22 @@
 """Taps of attention layers: what goes into the kernel, and out of it, passes by those who change it and look.
 
-The call of scaled dot product attention is shown to them with the very values that the kernel gets (see
-`showing`), in layers whose call somebody wants.
+A torch function mode sees the call of scaled dot product attention, with the very values that the kernel
+gets. It is on only while a layer computes whose call somebody wants, since it sees every call of torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from workbench.attention.geometry import Scope, lengths_given, scope_of
-from workbench.attention.showing import Kernel, Showing
 from workbench.tracing.rig import Rig
 
 Handed = dict[str, Any]
@@ -78,9 +78,6 @@ class Tap:
         self._links: list[_Link] = []
         self._block: _Block | None = None
         self._scope: Scope | None = None
-        self._showing: Showing | None = None
-        self._by_name: set[tuple[bool, type]] = set()
-        rig.undo(self._end)
         rig.wrap(layer, "forward", self._around)
 
     @classmethod
@@ -115,37 +112,33 @@ class Tap:
             wanted = [link for link in self._links if link.wants(scope)]
             if not wanted:
                 return forward(*args, **kwargs)
-            # Others than these may call the kernel by another name.
-            kind = (scope.text > 0, type(getattr(self._layer, "processor", None)))
-            known = kind in self._by_name and not scope.mixed
-            self._scope, self._showing = scope, Showing(partial(_show, scope, wanted), scope.see_cat)
+            self._scope = scope
             try:
-                self._showing.begin()
-                with nullcontext() if known else self._showing.mode():
-                    output = forward(*args, **kwargs)
-                if self._showing.by_name and scope.calls and not scope.mixed:
-                    self._by_name.add(kind)
-                else:
-                    self._by_name.discard(kind)
-                return output
+                with _Mode(scope, wanted):
+                    return forward(*args, **kwargs)
             finally:
-                self._end()
+                self._scope = None
 
         return tapped
 
-    def _end(self) -> None:
-        if self._showing is not None:
-            self._showing.end()
-        self._scope = self._showing = None
 
+class _Mode(TorchFunctionMode):
+    """Sees one forward of a layer: its kernel calls, and how joint sequences are put together."""
 
-def _show(
-    scope: Scope, links: list[_Link], kernel: Kernel, args: tuple[Any, ...], kwargs: Handed
-) -> torch.Tensor:
-    """Let a kernel call's values pass by all who want to see them."""
-    handed = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
-    scope.see_call(handed["query"], handed["key"], handed.get("attn_mask"))
-    return _Chain(scope, links, kernel)(**handed)
+    def __init__(self, scope: Scope, links: list[_Link]) -> None:
+        super().__init__()
+        self._scope = scope
+        self._links = links
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.scaled_dot_product_attention:
+            handed = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
+            self._scope.see_call(handed["query"], handed["key"], handed.get("attn_mask"))
+            return _Chain(self._scope, self._links, func)(**handed)
+        if func is torch.cat:
+            self._scope.see_cat(args[0] if args else kwargs.get("tensors", ()))
+        return func(*args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -154,7 +147,7 @@ class _Chain:
 
     scope: Scope
     links: list[_Link]
-    kernel: Kernel
+    kernel: Callable[..., torch.Tensor]
 
     def __call__(self, **handed: Any) -> torch.Tensor:
         if not self.links:

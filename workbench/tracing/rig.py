@@ -111,7 +111,6 @@ class Rig:
         self._calls: dict[tuple[int, str], _Calls] = {}
         self._beside: dict[tuple[int, type[Any]], Any] = {}
         self._modes: list[TorchFunctionMode] = []
-        self._undone: list[Callable[[], None]] = []
         self._clean = False
 
     def before(self, target: Target, hook: Before, *, last: bool = False) -> Owned:
@@ -164,11 +163,6 @@ class Rig:
         self._modes.append(mode)
         mode.__enter__()  # type: ignore[no-untyped-call]
 
-    def undo(self, take_off: Callable[[], None]) -> None:
-        """Have the sweep take off what is going to be put elsewhere; it may be called several times."""
-        self._clean = False
-        self._undone.append(take_off)
-
     def drop(self, owned: Owned) -> None:
         """Take one hook off."""
         if owned.table is not None and owned in owned.table:
@@ -181,8 +175,6 @@ class Rig:
         if self._clean:
             return
         drop_modes(self._modes)
-        for take_off in self._undone:
-            take_off()
         for module in self._modules:
             _remove(module, lambda hook: isinstance(hook, Owned) and hook.owner is self)
         for target, name in reversed(self._wrapped):
@@ -204,7 +196,6 @@ class Rig:
         self._modules.clear()
         self._wrapped.clear()
         self._modes.clear()
-        self._undone.clear()
         self._calls.clear()
         self._beside.clear()
         self.inside = None

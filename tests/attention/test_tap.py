@@ -1,4 +1,4 @@
-"""Kernel calls are seen by the kernel's name where a layer uses it, by a mode where it does not."""
+"""What a layer hands to the kernel is seen by whatever name it calls it, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import threading
 
 import pytest
 import torch
+from diffusers.guiders import PerturbedAttentionGuidance
+from diffusers.hooks import LayerSkipConfig
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional
 
 from tests import tiny
 from tests.attention.seen import KERNEL
-from workbench.attention import showing
+from tests.watching import as_bytes
 from workbench.attention.request import Attention
 from workbench.models.model import DiffusionModel
 
+SELF = "unet.mid_block.attentions.0.transformer_blocks.0.attn1"
 PLAIN = {"prompt": "a red circle", "num_inference_steps": 4, "seed": 0}
 ASKED = {**PLAIN, "capture": [Attention()]}
 
@@ -54,14 +57,6 @@ def maps():
     return DiffusionModel(tiny.sd1()).record(**ASKED).attention.layers
 
 
-@pytest.fixture
-def modes(monkeypatch):
-    """A list that grows with every mode that is entered."""
-    entered, enter = [], showing._Mode.__enter__
-    monkeypatch.setattr(showing._Mode, "__enter__", lambda mode: entered.append(mode) or enter(mode))
-    return entered
-
-
 def with_processors(make):
     pipeline = tiny.sd1()
     pipeline.unet.set_attn_processor({name: make() for name in pipeline.unet.attn_processors})
@@ -74,17 +69,12 @@ def same(found, expected):
     assert all(torch.allclose(found[path], kept, atol=1e-6) for path, kept in expected.items())
 
 
-def test_a_layer_that_calls_the_kernel_by_its_name_needs_a_mode_once(modes, maps):
-    same(DiffusionModel(with_processors(Named)).record(**ASKED).attention.layers, maps)
-    assert len(modes) == len(maps)
+@pytest.mark.parametrize("kind", [Named, Bound])
+def test_the_kernel_is_seen_by_its_name_in_torch_and_by_a_processor_s_own(kind, maps):
+    same(DiffusionModel(with_processors(kind)).record(**ASKED).attention.layers, maps)
 
 
-def test_a_layer_that_has_another_name_for_the_kernel_is_seen_by_a_mode(modes, maps):
-    same(DiffusionModel(with_processors(Bound)).record(**ASKED).attention.layers, maps)
-    assert len(modes) == sum(len(calls) for calls in maps.values())
-
-
-def test_a_processor_that_is_exchanged_in_a_run_is_seen_by_its_own_name(maps):
+def test_a_processor_that_is_exchanged_in_a_run_is_seen(maps):
     pipeline = with_processors(Named)
 
     def exchange(pipe, step, time, given):
@@ -92,24 +82,6 @@ def test_a_processor_that_is_exchanged_in_a_run_is_seen_by_its_own_name(maps):
         return given
 
     same(DiffusionModel(pipeline).record(**ASKED, callback_on_step_end=exchange).attention.layers, maps)
-
-
-def test_what_others_have_put_at_the_name_is_the_kernel(monkeypatch, maps):
-    calls = []
-
-    def theirs(*given, **named):
-        calls.append(given)
-        return KERNEL(*given, **named)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(functional, "scaled_dot_product_attention", theirs)
-        model = DiffusionModel(tiny.sd1())
-        model.record(**PLAIN)
-        expected = len(calls)
-        found = model.record(**ASKED).attention.layers
-        assert functional.scaled_dot_product_attention is theirs
-    same(found, maps)
-    assert len(calls) == 2 * expected
 
 
 def test_runs_in_two_threads_see_each_their_own(maps):
@@ -148,15 +120,29 @@ def test_what_is_compiled_beside_watched_layers_is_not_compiled_again(maps):
     same(found, {path: maps[path] for path in sites})
 
 
-def test_the_name_is_put_back_when_a_layer_fails():
-    def failing(*_):
-        raise RuntimeError("no kernel")
-
-    pipeline = with_processors(lambda: Calling(failing))
-    with pytest.raises(RuntimeError, match="no kernel"):
-        DiffusionModel(pipeline).record(**ASKED)
-    assert functional.scaled_dot_product_attention is KERNEL
-    assert showing._SHOWN.get() is None
+@pytest.mark.parametrize("looks", [Attention(block="image->image", sites=[SELF]), f"{SELF}:query"])
+def test_a_guider_that_changes_the_kernel_s_result_by_a_mode_of_its_own_goes_on(looks):
+    """As `PerturbedAttentionGuidance` does, in a layer that is looked at."""
+    case, found = tiny.FAMILIES["modular-sdxl"], []
+    skipped = LayerSkipConfig(
+        indices=[0],
+        fqn="mid_block.attentions.0.transformer_blocks",
+        skip_attention=False,
+        skip_attention_scores=True,
+        skip_ff=False,
+    )
+    for perturbed, capture in ((False, []), (True, []), (True, [looks])):
+        pipeline = case.build()
+        if perturbed:
+            guider = PerturbedAttentionGuidance(
+                perturbed_guidance_start=0.0, perturbed_guidance_stop=1.0, perturbed_guidance_config=skipped
+            )
+            pipeline.update_components(guider=guider)
+        found.append(
+            as_bytes(DiffusionModel(pipeline).record(**case.arguments, seed=0, capture=capture).latents)
+        )
+    plain, alone, watched = found
+    assert watched == alone != plain
 
 
 def test_in_a_block_that_waits_in_a_layer_the_kernel_is_called_as_ever():
