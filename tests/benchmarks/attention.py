@@ -38,7 +38,7 @@ def rows(setting: Setting) -> Iterator[Row]:
     yield Row(theirs, ratio(seconds, theirs, "bare"))
     bare = memory(model, setting.steps)
     for name, asked in _REQUESTS.items():
-        planned = model.plan(asked, PROMPT, num_inference_steps=setting.steps).peak
+        planned = model.plan(asked, PROMPT, num_inference_steps=setting.steps).bytes
         above = memory(model, setting.steps, name) - bare
         said = f"{above / 2**20:.2f} MiB above the run without, × {above / planned:.2f} of the plan's"
         yield Row(f"{name}: peak memory (bound 1 ± 0.1)", said)

@@ -86,7 +86,8 @@ class Batches:
             key: ``(1, heads, keys, width)``.
             wanted: what of their weights.
         """
-        held, size = sizes(query, key)
+        held = query.nbytes + key.nbytes
+        size = 8 * query.shape[1] * query.shape[2] * key.shape[2]  # before and after the softmax
         places = (_spelled(wanted.queries), _spelled(wanted.columns))
         kind = (query.shape, key.shape, query.device, wanted.scale, *places)
         alone = wanted.mask is not None or max(held, size) > ROOM
@@ -114,17 +115,6 @@ class Batches:
         self._batches.clear()
         self._kinds.clear()
         return due
-
-
-def sizes(query: torch.Tensor, key: torch.Tensor) -> tuple[int, int]:
-    """Return the bytes of a call's queries and keys, and of all its weights, before and after the softmax."""
-    return query.nbytes + key.nbytes, 8 * query.shape[1] * query.shape[2] * key.shape[2]
-
-
-def at_once(query: torch.Tensor, key: torch.Tensor) -> int:
-    """Return how many calls with such queries and keys are computed at once; 0 if each as it comes."""
-    held, size = sizes(query, key)
-    return 0 if held > ROOM else ROOM // size
 
 
 def _spelled(places: Places) -> Hashable:

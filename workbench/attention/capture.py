@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from workbench.attention.batching import ROOM, Batch, Batches, Wanted, at_once, sizes
+from workbench.attention.batching import Batch, Batches, Wanted
 from workbench.attention.geometry import IMAGE_TO_TEXT, Scope, grid
 from workbench.attention.maps import AttentionMaps
 from workbench.attention.plan import LayerCost, Plan, default_budget
@@ -73,7 +73,7 @@ class Run:
     def watching(self) -> Iterator[None]:
         """Watch the attention layers of the run."""
         self._watch = Watch(self.session, self.asked.sites, turn=LOOK, wants=self._wants, look=self._look)
-        self.session.clock.finished.append(lambda _row, _output: self._check_plan())
+        self.session.clock.finished.append(lambda _row, _output: self._finish_call())
         yield
 
     def maps(self) -> AttentionMaps:
@@ -190,16 +190,14 @@ class Run:
         """Return what a layer comes to."""
         counts = [_count(each, total) for each, total in ((queries, query.shape[2]), (columns, key.shape[2]))]
         tokens, places = counts[::-1] if self.asked.block == IMAGE_TO_TEXT else counts
-        held, _ = sizes(query[:1], key[:1])
         _, heads, asking, width = query.shape
-        together = at_once(query, key)
-        return LayerCost(path, heads, asking, key.shape[2], width, tokens, places, held, together)
+        return LayerCost(path, heads, asking, key.shape[2], width, tokens, places)
 
     def _plan(self, row: Row) -> Plan:
         if self.plan is None:
             self._first = row
             budget = default_budget() if self.asked.budget is None else self.asked.budget
-            self.plan = Plan(self.asked, self._calls_from(row), budget, ROOM)
+            self.plan = Plan(self.asked, self._calls_from(row), budget)
         return self.plan
 
     def _calls_from(self, row: Row) -> int:
@@ -215,9 +213,14 @@ class Run:
         rows = [row.model_copy(update={"step": step}) for step in steps]
         return max(sum(covers(self._steps, each, total) for each in rows), 1)  # type: ignore[arg-type]
 
-    def _check_plan(self) -> None:
-        if self.plan is not None and not self.planning and not self._fits:
+    def _finish_call(self) -> None:
+        if self.plan is None or self.planning:
+            return
+        if not self._fits:
             self.plan.check()
+        # What comes after the denoiser, such as the decoder, is often what takes most.
+        if len(self._rows) >= self.plan.calls:
+            self._keep_all(self._batches.rest())
 
     def _sample(self, row: Row, handed: Handed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Return the one sample's query, key and mask, of what is handed to the kernel."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -32,8 +32,6 @@ class LayerCost:
         width: of a head.
         tokens: how many tokens of the maps' first axis are wanted.
         places: how many places of the second.
-        held: bytes of one call's queries and keys.
-        together: how many calls of layers like it are computed at once; 0 where it is computed as it comes.
         seconds: what computing them took; None where they were not computed.
     """
 
@@ -44,8 +42,6 @@ class LayerCost:
     width: int
     tokens: int
     places: int
-    held: int = 0
-    together: int = 0
     seconds: float | None = None
 
     @property
@@ -62,30 +58,22 @@ class Plan:
         asked: the request.
         calls: how many calls of each denoiser it covers.
         budget: bytes that its maps may take.
-        room: bytes of queries and keys that may wait at once, to be computed together.
         layers: the layers as they were met.
     """
 
     asked: Attention
     calls: int
     budget: int
-    room: int = 0
     layers: list[LayerCost] = field(default_factory=list)
 
     @property
     def bytes(self) -> int:
-        """What the maps take in memory when the run is over."""
-        return bytes_of(self.asked, self.layers, self.calls)
+        """What the maps take in memory when the run is over.
 
-    @property
-    def peak(self) -> int:
-        """What is held of them at most while the run goes on, with queries and keys that wait."""
-        waiting = [layer for layer in self.layers if layer.together]
-        alike = Counter((layer.queries, layer.keys, layer.heads, layer.width) for layer in waiting)
-        counts = [(layer, alike[layer.queries, layer.keys, layer.heads, layer.width]) for layer in waiting]
-        # All are computed when those of one size are as many as are computed at once.
-        calls = min([self.calls, *(layer.together / count for layer, count in counts)])
-        return self.bytes + int(min(self.room, calls * sum(layer.held for layer in waiting)))
+        Beside them there are, while the denoiser runs, up to 1 MiB of queries and keys that wait to be
+        computed together; of a large layer its queries and keys in float32, and weights of 32 MiB at a time.
+        """
+        return bytes_of(self.asked, self.layers, self.calls)
 
     @property
     def seconds(self) -> float:
