@@ -7,11 +7,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import memray
-
 
 def peak(call: Callable[[], Any]) -> int:
     """Return the most bytes that a call had allocated at once, of what was allocated in it."""
+    import memray  # there is none for Windows
+
     with TemporaryDirectory() as folder:
         file = Path(folder) / "allocations"
         with memray.Tracker(file):

@@ -36,26 +36,58 @@ def size(maps):
     return sum(each.numel() * each.element_size() for each in tensors)
 
 
+SHORT = {"prompt": "a red circle", "num_inference_steps": 10}
+
+
 @pytest.fixture(scope="module")
 def shapes():
     """The shipped model, and the most bytes that a run of it allocates."""
     model = DiffusionModel("shapes-unet")
-    return model, peak_of(model)
+    return model, peak_of(model, **SHORT)
 
 
-def peak_of(model, *asked):
+def peak_of(model, *asked, **told):
     for _ in range(2):  # the first run makes what later ones have
-        found = peak(lambda: model.record("a red circle", seed=0, num_inference_steps=10, capture=asked))
+        found = peak(lambda: model.record(**told, seed=0, capture=asked))
     return found
 
 
-@pytest.mark.parametrize("asked", [REQUESTS[0], REQUESTS[1], REQUESTS[8], {"top": 4, "reduce": []}])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        REQUESTS[0],
+        REQUESTS[1],
+        REQUESTS[8],
+        {"top": 4, "reduce": []},
+        {"block": "image->image", "top": 64, "reduce": []},
+        {"block": "image->image", "reduce": ["steps"]},
+    ],
+)
 def test_memory_peaks_where_the_plan_says(shapes, asked):
     """Of requests of about a megabyte and more: what surrounds them is tens of kilobytes more or less."""
     model, bare = shapes
     request = Attention(**asked)
-    plan = model.plan(request, "a red circle", num_inference_steps=10)
-    assert peak_of(model, request) - bare == pytest.approx(plan.bytes, rel=0.1)
+    plan = model.plan(request, **SHORT)
+    assert peak_of(model, request, **SHORT) - bare == pytest.approx(plan.bytes, rel=0.1)
+
+
+def test_what_is_added_up_is_not_there_twice_at_the_end():
+    """Where the maps are most of what a run takes, with no decoder after them."""
+    model = DiffusionModel(tiny.sd1())
+    side = 40 * model.pipeline.vae_scale_factor
+    told = {**SHORT, "num_inference_steps": 2, "height": side, "width": side, "output_type": "latent"}
+    request = Attention(block="image->image", reduce=["steps"])
+    plan = model.plan(request, **told)
+    assert peak_of(model, request, **told) - peak_of(model, **told) < 1.5 * plan.bytes
+
+
+def test_layers_of_other_numbers_of_heads_are_not_reduced_together(shapes):
+    model, _ = shapes
+    said = r"has 2 heads and .* 4.*Reduce 'heads' as well"
+    with pytest.raises(InputError, match=said):
+        model.plan(Attention(reduce=["layers"]), **SHORT)
+    with pytest.raises(InputError, match=said):
+        model.record(**SHORT, capture=[Attention(reduce=["layers"])])
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd3", "flux-cfg", "pixart"])

@@ -12,7 +12,7 @@ from workbench.attention.softmax import Places, weights
 from workbench.tracing.ledger import Row
 
 ROOM = 1 << 20
-"""Bytes of queries and keys that may wait to be computed with later ones, and of the weights they come to."""
+"""Bytes of all queries and keys that may wait to be computed with later ones, and of one batch's weights."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Wanted:
         queries: which queries.
         columns: which keys.
         scale: of the dot products; None is 1/√width.
-        mask: as the kernel gets it.
+        mask: of the one sample.
     """
 
     queries: Places

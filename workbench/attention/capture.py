@@ -18,7 +18,7 @@ from workbench.attention.batching import Batch, Batches, Wanted
 from workbench.attention.geometry import IMAGE_TO_TEXT, Scope, grid
 from workbench.attention.maps import AttentionMaps
 from workbench.attention.plan import LayerCost, Plan, default_budget
-from workbench.attention.reduction import Reduction
+from workbench.attention.reduction import Calls, Reduction
 from workbench.attention.request import Attention
 from workbench.attention.softmax import Places, causal
 from workbench.attention.tap import LOOK, Handed, Rest
@@ -55,7 +55,7 @@ class Run:
         self._rows: dict[int, Row] = {}
         self._layer_rows: dict[str, list[Row]] = {}
         self._places: dict[str, tuple[int, ...]] = {}
-        self._indices: dict[str, list[torch.Tensor]] = {}
+        self._indices: dict[str, Calls] = {}
         self._keys: dict[str, int] = {}
         self._without: set[str] = set()
         self._text: list[Word] | None = None
@@ -112,7 +112,7 @@ class Run:
             heads=self._heads(),
             places=self._places,
             top=self.asked.top,
-            indices={path: torch.stack(found) for path, found in self._indices.items()},
+            indices={path: calls.values for path, calls in self._indices.items()},
             keys=self._keys,
         )
 
@@ -167,6 +167,7 @@ class Run:
         if new:
             self._planned.add(scope.path)
             plan.layers.append(self._cost(scope.path, query, key, queries, columns))
+            self._check_heads(plan.layers)
             self._fits = plan.fits
         if not self._fits:
             if row is not self._first and not self.planning:
@@ -193,6 +194,17 @@ class Run:
         _, heads, asking, width = query.shape
         return LayerCost(path, heads, asking, key.shape[2], width, tokens, places)
 
+    def _check_heads(self, layers: list[LayerCost]) -> None:
+        """Refuse to join the heads of layers that have not as many."""
+        if "layers" not in self.asked.reductions or self.asked.over_heads or self.asked.heads is not None:
+            return
+        first, last = layers[0], layers[-1]
+        if first.heads != last.heads:
+            raise InputError(
+                f"{first.path} has {first.heads} heads and {last.path} {last.heads}, so they cannot be "
+                "reduced together. Reduce 'heads' as well, or choose some by heads=…, or layers by sites=…."
+            )
+
     def _plan(self, row: Row) -> Plan:
         if self.plan is None:
             self._first = row
@@ -218,7 +230,7 @@ class Run:
             return
         if not self._fits:
             self.plan.check()
-        # What comes after the denoiser, such as the decoder, is often what takes most.
+        # What comes after the denoiser's last call, as far as the scheduler tells, often takes most.
         if len(self._rows) >= self.plan.calls:
             self._keep_all(self._batches.rest())
 
@@ -321,13 +333,16 @@ class Run:
         """Keep one layer's weights of one call, ``([heads,] queries, columns)``."""
         if self.asked.block == IMAGE_TO_TEXT:
             value = value.transpose(-1, -2)
+        calls = 1 if self.plan is None else self.plan.calls
         if self.asked.top is not None:
             axis = -2 if self.asked.block == IMAGE_TO_TEXT else -1
             self._keys[path] = value.shape[axis]
             largest = value.topk(min(self.asked.top, value.shape[axis]), dim=axis)
             value = largest.values
-            self._indices.setdefault(path, []).append(largest.indices.cpu())
-        self._reduction.add(path, row, value, 1 if self.plan is None else self.plan.calls)
+            if path not in self._indices:
+                self._indices[path] = Calls(value, calls, torch.int64)
+            self._indices[path].add(largest.indices)
+        self._reduction.add(path, row, value, calls)
 
 
 def _told(scheduler: Any) -> bool:

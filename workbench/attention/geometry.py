@@ -146,7 +146,8 @@ def lengths_given(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[int, int] | None:
     """Return how many tokens of text and of image a module is called with; None unless with both."""
-    text, image = (_given(module, name, args, kwargs) for name in ("encoder_hidden_states", "hidden_states"))
+    named = by_name(module, args, kwargs)
+    text, image = named.get("encoder_hidden_states"), named.get("hidden_states")
     if not isinstance(text, torch.Tensor) or not isinstance(image, torch.Tensor) or text.ndim != 3:
         return None
     return (text.shape[1], image.shape[1]) if image.ndim == 3 else None
@@ -155,14 +156,6 @@ def lengths_given(
 def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a module is called with, by the names of its forward's parameters."""
     return {**dict(zip(_names(type(module).forward), args, strict=False)), **kwargs}
-
-
-def _given(module: nn.Module, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Return one of what a module is called with; None if that is not given."""
-    if name in kwargs:
-        return kwargs[name]
-    names = _names(type(module).forward)[: len(args)]
-    return args[names.index(name)] if name in names else None
 
 
 @cache

@@ -71,7 +71,8 @@ class Plan:
         """What the maps take in memory when the run is over.
 
         Beside them there are, while the denoiser runs, up to 1 MiB of queries and keys that wait to be
-        computed together; of a large layer its queries and keys in float32, and weights of 32 MiB at a time.
+        computed together, and of the layer at hand its queries, keys and maps in float32, with weights of 32
+        MiB at a time.
         """
         return bytes_of(self.asked, self.layers, self.calls)
 

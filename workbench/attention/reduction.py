@@ -25,24 +25,30 @@ class _Sum:
     count: int = 1
 
 
-@dataclass
-class _Calls:
-    """Maps of one layer's calls, written into memory taken once: joined at the end they would be twice.
+class Calls:
+    """Values of one layer's calls, written into memory taken once: joined at the end they would be twice.
 
-    Attributes:
-        values: ``(room, [heads,] tokens, places)``.
-        count: how many there are.
+    Args:
+        like: the first of them, ``([heads,] tokens, places)``.
+        calls: of about how many calls they will be.
+        dtype: as what they are kept.
     """
 
-    values: torch.Tensor
-    count: int = 0
+    def __init__(self, like: torch.Tensor, calls: int, dtype: torch.dtype) -> None:
+        self._room = torch.empty(max(calls, 1), *like.shape, dtype=dtype)
+        self._count = 0
 
     def add(self, value: torch.Tensor) -> None:
-        if self.count == len(self.values):
-            more = torch.empty_like(self.values)
-            self.values = torch.cat([self.values, more])
-        self.values[self.count] = value
-        self.count += 1
+        """Keep one call's."""
+        if self._count == len(self._room):
+            self._room = torch.cat([self._room, torch.empty_like(self._room)])
+        self._room[self._count] = value
+        self._count += 1
+
+    @property
+    def values(self) -> torch.Tensor:
+        """Those of all calls, ``(calls, [heads,] tokens, places)``."""
+        return self._room[: self._count]
 
 
 @dataclass
@@ -59,7 +65,7 @@ class Reduction:
     dtype: torch.dtype
     aspect: tuple[int, int] = (1, 1)
     kept: dict[Key, _Sum] = field(default_factory=dict)
-    whole: dict[str, _Calls] = field(default_factory=dict)
+    whole: dict[str, Calls] = field(default_factory=dict)
 
     def key(self, path: str, call: int, shape: tuple[int, ...]) -> Key:
         """Return what a map is added up with."""
@@ -69,7 +75,7 @@ class Reduction:
         """Take one layer's map of one call, ``([heads,] tokens, places)`` float32, of about so many calls."""
         if not self.how:
             if path not in self.whole:
-                self.whole[path] = _Calls(torch.empty(max(calls, 1), *value.shape, dtype=self.dtype))
+                self.whole[path] = Calls(value, calls, self.dtype)
             self.whole[path].add(value)
             return
         key = self.key(path, row.call, tuple(value.shape))
@@ -86,25 +92,41 @@ class Reduction:
         found.count += 1
 
     def result(self) -> dict[str, torch.Tensor]:
-        """Return ``(calls, [heads,] tokens, places)`` by layer; what is reduced has length 1 or one name."""
+        """Return ``(calls, [heads,] tokens, places)`` by layer; what is reduced has length 1 or one name.
+
+        What was kept goes into it: there is not twice as much at any time.
+        """
         if not self.how:
-            return {path: calls.values[: calls.count] for path, calls in self.whole.items()}
+            return {path: calls.values for path, calls in self.whole.items()}
         by_layer: dict[str, dict[int, list[_Sum]]] = {}
         for (path, call, _), found in self.kept.items():
             calls = by_layer.setdefault(path or ALL_LAYERS, {})
             calls.setdefault(-1 if call is None else call, []).append(found)
-        return {
-            path: torch.stack([self._whole(sums).to(self.dtype) for _, sums in sorted(calls.items())])
-            for path, calls in by_layer.items()
-        }
+        self.kept.clear()
+        return {path: self._joined(by_layer.pop(path)) for path in list(by_layer)}
+
+    def _joined(self, calls: dict[int, list[_Sum]]) -> torch.Tensor:
+        """Return what was added up of each call, in their order."""
+        joined: Calls | None = None
+        for call in sorted(calls):
+            whole = self._whole(calls.pop(call))
+            if joined is None and not calls:
+                return whole.to(self.dtype)[None]
+            joined = joined or Calls(whole, len(calls) + 1, self.dtype)
+            joined.add(whole)
+        assert joined is not None
+        return joined.values
 
     def _whole(self, sums: list[_Sum]) -> torch.Tensor:
-        """Return the mean or maximum of what was added up in several shapes."""
-        finest = max(sums, key=lambda each: each.value.shape[-1]).value.shape[-1]
-        values = [_to_grid(each.value, finest, self.aspect) for each in sums]
-        if next(iter(self.how.values())) == "max":
-            return torch.stack(values).amax(0)
-        return torch.stack(values).sum(0) / sum(each.count for each in sums)
+        """Return the mean or maximum of what was added up in several shapes, in the memory of the sums."""
+        count = sum(each.count for each in sums)
+        finest = max(each.value.shape[-1] for each in sums)
+        whole = _to_grid(sums.pop(0).value, finest, self.aspect)
+        mean = next(iter(self.how.values())) == "mean"
+        while sums:
+            value = _to_grid(sums.pop(0).value, finest, self.aspect)
+            whole = whole.add_(value) if mean else torch.maximum(whole, value, out=whole)
+        return whole.div_(count) if mean else whole
 
 
 def _to_grid(value: torch.Tensor, places: int, aspect: tuple[int, int]) -> torch.Tensor:

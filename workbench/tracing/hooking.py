@@ -60,8 +60,8 @@ class Hooking:
         targets = resolve_all(self._components, place.path)
         if place not in self._known:
             check(self._components, [place])
-            self._known.add(place)
             self._keep_hookable(place.path, itself=place.port not in ("output", "input", "inputs"))
+            self._known.add(place)
         return targets
 
     def hook(self, place: Site, targets: tuple[Target, ...], pass_by: PassPlace) -> list[Owned]:

@@ -196,7 +196,7 @@ class Trace(RunValues):
             OutOfOrderError: the module has been entered already in this call.
         """
         place = Site(path, "inputs")
-        self._start(place)
+        self._start(Site(path))
         target, *_ = self._hooking.targets(place)
         if isinstance(target, Method):
             raise InputError(f"{path} is a method; only a module can be skipped.")
