@@ -92,6 +92,10 @@ class Run:
                     if self.asked.block == IMAGE_TO_TEXT
                     else f"{path} has no attention {self.asked.block}."
                 )
+        if self.asked.block != IMAGE_TO_TEXT and self._without.issuperset(self._watch.paths):
+            raise InputError(
+                f"No layer of this model has attention {self.asked.block}. Ask for another block."
+            )
         for path in self._expected - self._seen:
             raise GuardError(
                 f"{path} {'attends to text' if self.asked.block == IMAGE_TO_TEXT else 'attends'}, but never "
@@ -195,11 +199,16 @@ class Run:
         return LayerCost(path, heads, asking, key.shape[2], width, tokens, places)
 
     def _check_heads(self, layers: list[LayerCost]) -> None:
-        """Refuse to join the heads of layers that have not as many."""
-        if "layers" not in self.asked.reductions or self.asked.over_heads or self.asked.heads is not None:
-            return
+        """Refuse heads that the last of some layers has not, and to join those of unlike layers."""
         first, last = layers[0], layers[-1]
-        if first.heads != last.heads:
+        for head in self.asked.heads or ():
+            if not -last.heads <= head < last.heads:
+                raise InputError(
+                    f"{last.path} has {last.heads} heads (0 to {last.heads - 1}); {head} is none of them. "
+                    "Choose layers that have it by sites=…."
+                )
+        apart = "layers" in self.asked.reductions and not self.asked.over_heads and self.asked.heads is None
+        if apart and first.heads != last.heads:
             raise InputError(
                 f"{first.path} has {first.heads} heads and {last.path} {last.heads}, so they cannot be "
                 "reduced together. Reduce 'heads' as well, or choose some by heads=…, or layers by sites=…."
@@ -286,7 +295,7 @@ class Run:
 
     def _read(self, length: int) -> None:
         """Learn the words of the text, and number those that are kept along the maps' axis."""
-        self._words = self._text = self._watch.words(length, self.asked.sample)
+        self._words = self._text = self._watch.words(length, self.asked.sample, self.asked.branch)
         if self.asked.words is None:
             return
         chosen = [find(self._text, each) for each in self.asked.words]

@@ -53,10 +53,16 @@ class _Handing:
         self._check(scope, handed["query"])
         handed |= {port: getattr(self.handover, port)(handed[port]) for port in KERNEL_PORTS}
         made = rest(**handed)
-        return self._by_weights(handed, made) if self._rig.hooked(Method(self.handover, "probs")) else made
+        if not self._rig.hooked(Method(self.handover, "probs")):
+            return made
+        return self._by_weights(scope, handed, made, rest)
 
-    def _by_weights(self, handed: Handed, made: torch.Tensor) -> torch.Tensor:
-        """Let the weights pass by; return what the kernel made, or what they make if they were changed."""
+    def _by_weights(self, scope: Scope, handed: Handed, made: torch.Tensor, rest: Rest) -> torch.Tensor:
+        """Let the weights pass by; return what the kernel made, or what they make if they were changed.
+
+        Raises:
+            InputError: an edit behind the ports has changed what these weights would make.
+        """
         query, value = handed["query"], handed["value"]
         mask = handed.get("attn_mask")
         if handed.get("is_causal"):
@@ -69,6 +75,11 @@ class _Handing:
             return made
         if value.shape[1] != query.shape[1]:
             value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+        if ((made != rest.plain(**handed)).any(-1, keepdim=True) & ~same).any():
+            raise InputError(
+                f"At {scope.path} an edit of attention acts where the weights (probs) are changed too, and "
+                "would be lost. Do both in one change of the weights, or let each act in its own steps."
+            )
         # Of queries whose weights stayed, what the kernel made stays to the bit.
         return torch.where(same, made, changed.to(value.dtype) @ value)
 

@@ -38,6 +38,8 @@ def daam(
         UnknownNameError: no such word or layer.
         InputError: another block was kept, no such step, or no attention at all.
     """
+    if not isinstance(maps, AttentionMaps):
+        raise InputError(f"DAAM is of maps, not of {type(maps).__name__}. Give record.attention.")
     if maps.block != IMAGE_TO_TEXT:
         raise InputError(f"DAAM is of 'image->text'; these maps are of {maps.block!r}.")
     columns, whole = list(find(maps.words, word).columns), (size[1], size[0])

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Real
+from operator import index
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -13,6 +15,7 @@ from workbench.attention.geometry import BLOCKS, IMAGE_TO_IMAGE, IMAGE_TO_TEXT, 
 from workbench.errors import InputError, RunStopped, UnknownNameError, nearest
 from workbench.tracing.ledger import ALL
 from workbench.tracing.steps import Steps, normal
+from workbench.tracing.storage.unpacking import dtype_of
 
 if TYPE_CHECKING:
     from workbench.attention.capture import Run
@@ -29,13 +32,14 @@ class Attention:
 
     The maps are then ``record.attention``, an `AttentionMaps`; of several requests a tuple of them. The
     pipeline's own kernels compute the run; the weights are computed beside them from the same queries and
-    keys, in float32.
+    keys, in float32. So they are those before an edit that changes what comes out, such as `Reweight` or
+    `ForceMap`, and those behind one that changes queries or keys, such as `InjectAttention`.
 
     Attributes:
         sites: module paths of attention layers; None is every one that has the block.
         steps: which steps; None is every step.
-        branch: which guidance branch.
-        dtype: how the maps are stored.
+        branch: which guidance branch; words are those of its text, of ``uncond`` the negative prompt's.
+        dtype: how the maps are stored, by name (``"float16"``) or as torch's.
         block: whose queries look at whose keys: ``"image->text"``, ``"text->image"``, ``"image->image"`` or
             ``"text->text"``. Cross-attention has the first alone, self-attention the third.
         words: which of the text: words, phrases, places in the list of words, or ``(start, end)`` characters
@@ -76,8 +80,11 @@ class Attention:
         self.reduce = _reductions(self.reduce)
         for name in ("sites", "words", "pixels", "queries", "heads"):
             self._listed(name)
+        self._check_kinds()
         if self.block not in BLOCKS:
-            raise UnknownNameError(f"Attention has no block {self.block!r}.{nearest(self.block, BLOCKS)}")
+            raise UnknownNameError(
+                f"Attention has no block {self.block!r}.{nearest(str(self.block), BLOCKS)}"
+            )
         if self.branch in (ALL, "both"):
             raise InputError(
                 f"branch={self.branch!r}: a map is of one branch. Ask twice, for 'cond' and 'uncond'."
@@ -149,11 +156,39 @@ class Attention:
         add_maps(record, run.maps())
         run.let_go()
 
+    def _check_kinds(self) -> None:
+        """Refuse what is of no kind that fits, before a run is under way."""
+        self.dtype = dtype_of(self.dtype)
+        if not self.dtype.is_floating_point:
+            raise InputError(
+                f"dtype={self.dtype}: weights lie from 0 to 1. Give a floating one, as 'float16'."
+            )
+        for name in ("queries", "heads"):
+            given = getattr(self, name)
+            try:
+                setattr(self, name, given and tuple(map(index, given)))
+            except TypeError:
+                raise InputError(f"{name}={list(given)} takes integers.") from None
+        if self.heads is not None and len(set(self.heads)) < len(self.heads):
+            raise InputError(f"heads={list(self.heads)} names one twice.")
+        for each in self.sites or ():
+            if not isinstance(each, str):
+                raise InputError(f"sites takes paths of attention layers; {each!r} is none.")
+        for point in self.pixels or ():
+            if not isinstance(point, Sequence) or [isinstance(each, Real) for each in point] != [True] * 2:
+                raise InputError(f"pixels takes points (x, y), each from 0 to 1; {point!r} is none.")
+        if self.budget is not None and (not isinstance(self.budget, Real) or self.budget < 0):
+            raise InputError(f"budget={self.budget!r} is no number of bytes, such as 2**30.")
+        try:
+            self.sample = index(self.sample)
+        except TypeError:
+            raise InputError(f"sample={self.sample!r} is no sample. Samples are counted from 0.") from None
+
     def _listed(self, name: str) -> None:
         given = getattr(self, name)
         if given is None:
             return
-        if isinstance(given, (str, int)):
+        if isinstance(given, (str, int, float)):
             raise InputError(f"{name} takes a list: {name}=[{given!r}].")
         if not len(given):
             raise InputError(f"{name} is empty, so nothing would be kept. Leave it out for all.")
@@ -170,8 +205,8 @@ def add_maps(record: Record, maps: Any) -> None:
 
 
 def _reductions(asked: Mapping[str, str] | Sequence[str]) -> dict[str, str]:
-    if isinstance(asked, str):
-        raise InputError(f"reduce takes a list or a dict: reduce=[{asked!r}].")
+    if asked is None or isinstance(asked, str):
+        raise InputError(f"reduce takes a list or a dict: reduce={[asked] if asked else []!r}.")
     found = dict(asked) if isinstance(asked, Mapping) else dict.fromkeys(asked, "mean")
     for axis, how in found.items():
         if axis not in AXES:

@@ -38,6 +38,9 @@ class Rest(Protocol):
     def unseen(self, **handed: Any) -> torch.Tensor:
         """Return what the kernel makes after the other edits; those who look see nothing of it."""
 
+    def plain(self, **handed: Any) -> torch.Tensor:
+        """Return what the kernel makes of these values, whoever else there is."""
+
 
 Look = Callable[[Scope, Handed, Rest], torch.Tensor | None]
 """Sees an attention call; what it returns, if anything, goes on in place of what the rest makes."""
@@ -159,3 +162,6 @@ class _Chain:
     def unseen(self, **handed: Any) -> torch.Tensor:
         edits = [link for link in self.links if link.turn == EDIT]
         return _Chain(self.scope, edits, self.kernel)(**handed)
+
+    def plain(self, **handed: Any) -> torch.Tensor:
+        return self.kernel(**handed)

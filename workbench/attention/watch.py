@@ -10,7 +10,7 @@ from torch import nn
 
 from workbench.attention.geometry import Given, Scope, aspect_of, by_name, is_attention, unknown_order
 from workbench.attention.tap import Handed, Look, Rest, Tap
-from workbench.attention.words import Word, closest, reading, words_of
+from workbench.attention.words import Word, closest, reading, silent, words_of
 from workbench.errors import UnknownNameError, nearest
 from workbench.tracing.guards import check_maps, hookable
 from workbench.tracing.session import Session
@@ -51,22 +51,29 @@ class Watch:
         self._read: dict[str, list[torch.Tensor]] = {}
         self._attach(sites)
 
-    def words(self, length: int, sample: int = 0) -> list[Word]:
-        """Return the words of one sample's text of ``length`` tokens; those nobody can tell are ``"·"``."""
+    def words(self, length: int, sample: int = 0, branch: str = "cond") -> list[Word]:
+        """Return the words of one sample's text of ``length`` tokens; those nobody can tell are ``"·"``.
+
+        The text of the branch ``uncond`` is the negative prompt, or nothing.
+        """
         readings = []
         for name, calls in self._read.items():
-            told, tokenizer = self._told(name, sample), self.session.system.components[name]
+            told, tokenizer = self._told(name, sample, branch), self.session.system.components[name]
+            rows = [row for ids in calls for row in ids]
             if told:
-                mine = closest([row for ids in calls for row in ids], tokenizer, told)
+                mine: torch.Tensor | None = closest(rows, tokenizer, told)
+            elif branch == "uncond":
+                mine = silent(rows, tokenizer)
             else:
                 mine = calls[0][self._prompt_of(sample, len(calls[0]))]
-            readings.append(reading(mine, tokenizer))
-        return words_of(readings, length, self._told("tokenizer", sample))
+            if mine is not None:
+                readings.append(reading(mine, tokenizer))
+        return words_of(readings, length, self._told("tokenizer", sample, branch))
 
-    def _told(self, tokenizer: str, sample: int) -> str:
+    def _told(self, tokenizer: str, sample: int, branch: str) -> str:
         """Return what a tokenizer was given of one sample; empty if that is not known."""
-        arguments = self.session.arguments
-        prompt = arguments.get(tokenizer.replace("tokenizer", "prompt")) or arguments.get("prompt")
+        arguments, called = self.session.arguments, "negative_prompt" if branch == "uncond" else "prompt"
+        prompt = arguments.get(tokenizer.replace("tokenizer", called)) or arguments.get(called)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt or [""])
         told = prompts[self._prompt_of(sample, len(prompts))]
         return told if isinstance(told, str) else ""

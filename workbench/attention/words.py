@@ -107,6 +107,12 @@ def closest(rows: Sequence[torch.Tensor], tokenizer: Any, prompt: str) -> torch.
     return max(rows, key=likeness)
 
 
+def silent(rows: Sequence[torch.Tensor], tokenizer: Any) -> torch.Tensor | None:
+    """Return which of an encoder's ``rows`` of ids is that of an empty prompt, ``(tokens,)``, if one is."""
+    specials = set(tokenizer.all_special_ids)
+    return next((row for row in rows if specials.issuperset(row.tolist())), None)
+
+
 def find(words: Sequence[Word], asked: str | int | tuple[int, int]) -> Word:
     """Return a word, or several as one.
 
@@ -133,6 +139,8 @@ def find(words: Sequence[Word], asked: str | int | tuple[int, int]) -> Word:
                 first, last = run[0].span, run[-1].span
                 found = run if first is None or last is None else _touched(plain, first[0], last[1])
                 break
+        # Of maps that were kept of a phrase, it is one word.
+        found = found or [each for each in plain if [_bare(one) for one in each.text.split()] == wanted][:1]
     if found:
         return _as_one(found)
     known = [word.text for word in plain]

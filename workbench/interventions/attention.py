@@ -39,7 +39,7 @@ class AttentionEdit(Intervention):
 
     Attributes:
         site: attention layers by path; ``*`` stands for anything, and alone for every layer that fits.
-        branch: which guidance branch.
+        branch: which guidance branch; words are those of its text, of ``uncond`` the negative prompt's.
     """
 
     site: str = "*"
@@ -90,6 +90,7 @@ class Call:
         parts: the branches that are edited, with their rows.
         watch: the run's words and the picture's shape.
         rest: the edits that come after, those who look, and the kernel.
+        branch: the branch that the edit names, whose text its words are of; of several it is the prompt.
     """
 
     scope: Scope
@@ -98,6 +99,7 @@ class Call:
     parts: Sequence[tuple[str, slice]]
     watch: Watch
     rest: Rest
+    branch: str
 
     def kernel(self, **changed: torch.Tensor) -> torch.Tensor:
         """Return what the rest makes with some of the arguments changed; whoever looks sees these."""
@@ -119,7 +121,7 @@ class Call:
     def columns(self, word: str | int | tuple[int, int], sample: int) -> torch.Tensor:
         """Return the keys of a word in a sample's text, ``(count,)``."""
         text = self.scope.span("text", self.handed["key"].shape[2])
-        found = find(self.watch.words(text.stop - text.start, sample), word)
+        found = find(self.watch.words(text.stop - text.start, sample, self.branch), word)
         return torch.tensor([text.start + column for column in found.columns])
 
     def heads(self, chosen: Any, count: int) -> list[int]:
@@ -336,7 +338,7 @@ class _Acting:
             return None
         self.acted = True
         self.session.acted.note(edit, scope.path, row)
-        call = Call(scope, handed, row, parts, self.watch, rest)
+        call = Call(scope, handed, row, parts, self.watch, rest, edit.branch)
         made = self._in_part(call, edit.attend(call))
         if not torch.isfinite(made).all() and torch.isfinite(call.unseen()).all():
             raise NotFiniteError(

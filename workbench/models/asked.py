@@ -45,7 +45,7 @@ def captured(asked: Sequence[Captured]) -> tuple[str | Capture, ...]:
         InputError: something that captures nothing, or a site in two ways.
     """
     for each in asked:
-        if not isinstance(each, (str, Site)) and not hasattr(each, "watching"):
+        if isinstance(each, type) or (not isinstance(each, (str, Site)) and not hasattr(each, "watching")):
             raise InputError(f"{each!r} captures nothing. Give a site, wb.Capture(…) or another probe.")
     sites = [str(Site.parse(each)) for each in asked if isinstance(each, (str, Site))]
     chosen = [each.site for each in asked if isinstance(each, Capture)]
