@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -29,7 +30,7 @@ def model():
         ({"queries": ["a"]}, "queries.*takes integers"),
         ({"dtype": torch.int8}, "Give a floating one"),
         ({"dtype": "float17"}, "no dtype"),
-        ({"pixels": (0.5, 0.2)}, r"points \(x, y\).*0.5 is none"),
+        ({"pixels": (0.5, 0.2)}, r"points \(x, y\).*\(0.5, 0.2\) are none"),
         ({"pixels": [(0.1, 0.2, 0.3)]}, r"points \(x, y\)"),
         ({"budget": "1GB"}, "no number of bytes"),
         ({"reduce": None}, "reduce takes a list"),
@@ -52,6 +53,7 @@ def test_numbers_of_numpy_and_torch_are_numbers():
         block="image->image", queries=torch.tensor([0, 3]), heads=torch.arange(1), dtype="float16"
     )
     assert (asked.queries, asked.heads, asked.dtype) == ((0, 3), (0,), torch.float16)
+    assert Attention(block="image->image", pixels=np.array([[0.5, 0.25]])).pixels == ((0.5, 0.25),)
 
 
 def test_a_head_that_a_layer_has_not_is_refused_with_those_it_has(model):

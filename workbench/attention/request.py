@@ -174,9 +174,12 @@ class Attention:
         for each in self.sites or ():
             if not isinstance(each, str):
                 raise InputError(f"sites takes paths of attention layers; {each!r} is none.")
-        for point in self.pixels or ():
-            if not isinstance(point, Sequence) or [isinstance(each, Real) for each in point] != [True] * 2:
-                raise InputError(f"pixels takes points (x, y), each from 0 to 1; {point!r} is none.")
+        try:
+            self.pixels = self.pixels and tuple((float(x), float(y)) for x, y in self.pixels)
+        except (TypeError, ValueError):
+            raise InputError(
+                f"pixels takes points (x, y), each from 0 to 1; {self.pixels!r} are none."
+            ) from None
         if self.budget is not None and (not isinstance(self.budget, Real) or self.budget < 0):
             raise InputError(f"budget={self.budget!r} is no number of bytes, such as 2**30.")
         try:
